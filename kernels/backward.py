@@ -1,0 +1,191 @@
+"""Backward: dx, and per program the column sums that the finalizer turns into parameter gradients."""
+
+import triton
+import triton.language as tl
+
+from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
+from .posterior import load_std, merged_variance, sample, shared_normals
+from .rows import load_parameter, offsets, row_at, run_of
+
+# Slots of the partial sums [slot, program, feature].
+WEIGHT_SUM = tl.constexpr(0)  # of dy * xhat
+BIAS_SUM = tl.constexpr(1)  # of dy
+SCALE_SUM = tl.constexpr(2)  # of dy * xhat * eps_gamma (shared draws), of u * xhat^2 (merged draws)
+SHIFT_SUM = tl.constexpr(3)  # of dy * eps_beta (shared draws), of u (merged draws)
+
+
+@triton.jit
+def _tile_gradients(
+    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, gamma, scale_std, shift_std, k0, k1, first_col,
+    x_stride, dy_stride,
+    NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """(xhat, dy, dxhat, u, rstd) of a tile; u = dy * eps / std where every row has a draw of its own, else dy."""
+    mask = row_mask & (cols < N)
+    mean = tl.load(mean_ptr + row, row_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + row, row_mask, other=0.0)
+    x = tl.load(x_ptr + offsets(row, x_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
+    dy = tl.load(dy_ptr + offsets(row, dy_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
+    xhat = (x - mean) * rstd
+    dxhat, u = dy * gamma, dy
+    if NOISE == "merged":
+        z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, BLOCK_N, FAST).to(mean.dtype)
+        variance = merged_variance(xhat, scale_std, shift_std, HAS_BIAS)
+        u = dy * z * tl.where(variance > 0, tl.rsqrt(variance), 0.0)
+        dxhat += u * ((scale_std * scale_std) * xhat)
+    return xhat, dy, dxhat, u, rstd
+
+
+@triton.jit
+def _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The running column sums, one per slot, with a tile added; sums that are not needed stay 0."""
+    sum_w += dy * xhat
+    if HAS_BIAS:
+        sum_b += dy
+    if NOISE == "merged":
+        sum_s += u * (xhat * xhat)
+        if HAS_BIAS:
+            sum_t += u
+    return sum_w, sum_b, sum_s, sum_t
+
+
+@triton.jit
+def _store_sum(ptr, cols, value, FIRST, SPAN: tl.constexpr, N: tl.constexpr):
+    """ptr[cols] += value [1, BLOCK_N]; = value where a program has a single draw, or has its first."""
+    if SPAN:
+        value += tl.load(ptr + cols, (cols < N) & (FIRST == 0), other=0.0)
+    tl.store(ptr + cols, value, cols < N)
+
+
+@triton.jit
+def _store_sums(
+    partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, first_col, cols, FIRST,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr,
+    BLOCK_N: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Write the column sums of a draw [BLOCK_M, BLOCK_N]; SPAN: a program has several draws and adds each with its noise."""
+    slot = tl.num_programs(0).to(tl.int64) * N
+    own_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * N
+    sum_w = tl.sum(sum_w, axis=0, keep_dims=True)
+    sum_b = tl.sum(sum_b, axis=0, keep_dims=True)
+    _store_sum(own_ptr + WEIGHT_SUM * slot, cols, sum_w, FIRST, SPAN, N)
+    if HAS_BIAS:
+        _store_sum(own_ptr + BIAS_SUM * slot, cols, sum_b, FIRST, SPAN, N)
+    if NOISE == "merged":
+        _store_sum(own_ptr + SCALE_SUM * slot, cols, tl.sum(sum_s, axis=0, keep_dims=True), FIRST, SPAN, N)
+        if HAS_BIAS:
+            _store_sum(own_ptr + SHIFT_SUM * slot, cols, tl.sum(sum_t, axis=0, keep_dims=True), FIRST, SPAN, N)
+    if SPAN:
+        z = shared_normals(k0, k1, draw, first_col, SCALE_STREAM, BLOCK_N, FAST).to(sum_w.dtype)
+        _store_sum(own_ptr + SCALE_SUM * slot, cols, sum_w * z, FIRST, SPAN, N)
+        if HAS_BIAS:
+            z = shared_normals(k0, k1, draw, first_col, SHIFT_STREAM, BLOCK_N, FAST).to(sum_b.dtype)
+            _store_sum(own_ptr + SHIFT_SUM * slot, cols, sum_b * z, FIRST, SPAN, N)
+        tl.debug_barrier()  # the next draw reads these sums back
+
+
+@triton.jit
+def backward_kernel(
+    x_ptr, dy_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, partial_ptr,
+    x_stride, dy_stride, dx_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows of at most BLOCK_N features, whole in registers; program i owns the i-th run of rows."""
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
+    scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
+    shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
+    k0, k1 = load_key(seed_ptr)
+    start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
+    first_draw = start // rows_per_draw
+    for draw in range(first_draw, tl.cdiv(stop, rows_per_draw)):
+        gamma = sample(weight, scale_std, k0, k1, draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+        sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
+        last = tl.minimum(stop, (draw + 1) * rows_per_draw)
+        for top in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
+            position = top + tl.arange(0, BLOCK_M)[:, None]
+            row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+            xhat, dy, dxhat, u, rstd = _tile_gradients(
+                x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,
+                k0, k1, 0, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
+            )  # fmt: skip
+            sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
+            along_one = tl.sum(dxhat, axis=1, keep_dims=True) / N
+            along_xhat = tl.sum(dxhat * xhat, axis=1, keep_dims=True) / N
+            dx = rstd * (dxhat - along_one - xhat * along_xhat)
+            mask = (position < last) & (cols < N)
+            tl.store(dx_ptr + offsets(row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+        _store_sums(
+            partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, 0, cols, draw == first_draw,
+            NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward_wide_kernel(
+    x_ptr, dy_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, partial_ptr, row_sum_ptr,
+    x_stride, dy_stride, dx_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows of any width, in pieces of BLOCK_N: first the row sums [n_rows, 2] of the run, then dx and the column sums."""
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
+    k0, k1 = load_key(seed_ptr)
+    start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
+    first_draw = start // rows_per_draw
+    for draw in range(first_draw, tl.cdiv(stop, rows_per_draw)):
+        first, last = tl.maximum(start, draw * rows_per_draw), tl.minimum(stop, (draw + 1) * rows_per_draw)
+        for first_col in range(0, N, BLOCK_N):
+            cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+            weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
+            scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
+            shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
+            gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+            for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
+                position = top + tl.arange(0, BLOCK_M)[:, None]
+                row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+                xhat, dy, dxhat, u, rstd = _tile_gradients(
+                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,
+                    k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
+                )  # fmt: skip
+                seen = (position < last) & (first_col > 0)
+                along_one = tl.load(row_sum_ptr + 2 * row, seen, other=0.0)
+                along_xhat = tl.load(row_sum_ptr + 2 * row + 1, seen, other=0.0)
+                along_one += tl.sum(dxhat, axis=1, keep_dims=True)
+                along_xhat += tl.sum(dxhat * xhat, axis=1, keep_dims=True)
+                tl.store(row_sum_ptr + 2 * row, along_one, position < last)
+                tl.store(row_sum_ptr + 2 * row + 1, along_xhat, position < last)
+            tl.debug_barrier()  # one thread stored what all threads load next
+        for first_col in range(0, N, BLOCK_N):
+            cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+            weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
+            scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
+            shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
+            gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+            sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+            sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
+            for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
+                position = top + tl.arange(0, BLOCK_M)[:, None]
+                row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+                xhat, dy, dxhat, u, rstd = _tile_gradients(
+                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,
+                    k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
+                )  # fmt: skip
+                sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
+                along_one = tl.load(row_sum_ptr + 2 * row, position < last, other=0.0) / N
+                along_xhat = tl.load(row_sum_ptr + 2 * row + 1, position < last, other=0.0) / N
+                dx = rstd * (dxhat - along_one - xhat * along_xhat)
+                mask = (position < last) & (cols < N)
+                tl.store(dx_ptr + offsets(row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+            _store_sums(
+                partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, first_col, cols, draw == first_draw,
+                NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
+            )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Forward: normalize, sample scale and shift, accumulate the KL divergence."""
+
+import triton
+import triton.language as tl
+
+from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
+from .posterior import kl_terms, load_std, merged_variance, sample
+from .rows import load_parameter, row_at, run_of, offsets
+
+
+@triton.jit
+def _store_kl(
+    weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr,
+    kl_ptr,
+    weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """KL divergence of all N scales and shifts, summed in a fixed order."""
+    ACC: tl.constexpr = kl_ptr.dtype.element_ty
+    total = tl.zeros((1, BLOCK_N), ACC)
+    for first_col in range(0, N, BLOCK_N):
+        cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+        mask = cols < N
+        weight, rho = load_parameter(weight_ptr, cols, mask, 0.0, ACC), load_parameter(weight_rho_ptr, cols, mask, 0.0, ACC)
+        terms = kl_terms(weight, rho, load_parameter(weight_prior_ptr, cols, mask, weight_prior, ACC), prior_std)
+        if bias_ptr is not None:
+            bias, rho = load_parameter(bias_ptr, cols, mask, 0.0, ACC), load_parameter(bias_rho_ptr, cols, mask, 0.0, ACC)
+            terms += kl_terms(bias, rho, load_parameter(bias_prior_ptr, cols, mask, bias_prior, ACC), prior_std)
+        total += tl.where(mask, terms, 0.0)
+    tl.store(kl_ptr, tl.sum(total))
+
+
+@triton.jit
+def _affine(
+    xhat, row, gamma, beta, scale_std, shift_std, k0, k1, first_col,
+    NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """y of a tile: gamma * xhat + beta, and one normal per element where every row has a draw of its own."""
+    y = gamma * xhat
+    if HAS_BIAS:
+        y += beta
+    if NOISE == "merged":
+        z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, BLOCK_N, FAST)
+        y += tl.sqrt(merged_variance(xhat, scale_std, shift_std, HAS_BIAS)) * z.to(xhat.dtype)
+    return y
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
+    y_ptr, mean_ptr, rstd_ptr, kl_ptr,
+    x_stride, y_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
+    weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, eps: tl.constexpr,
+    NOISE: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows of at most BLOCK_N features, whole in registers. Program 0 owns the KL, program 1 + i the i-th run of rows."""
+    if tl.program_id(0) == 0:
+        _store_kl(
+            weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, kl_ptr,
+            weight_prior, bias_prior, prior_std, N, BLOCK_N,
+        )  # fmt: skip
+        return
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    HAS_BIAS: tl.constexpr = bias_ptr is not None
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    col_mask = cols < N
+    weight, bias = load_parameter(weight_ptr, cols, col_mask, 0.0, ACC), load_parameter(bias_ptr, cols, col_mask, 0.0, ACC)
+    scale_std = load_std(weight_rho_ptr, cols, col_mask, NOISE, ACC)
+    shift_std = load_std(bias_rho_ptr, cols, col_mask, NOISE, ACC)
+    k0, k1 = load_key(seed_ptr)
+    start, stop = run_of(tl.program_id(0) - 1, run_rows, runs_per_group, group_rows)
+    for draw in range(start // rows_per_draw, tl.cdiv(stop, rows_per_draw)):
+        gamma = sample(weight, scale_std, k0, k1, draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+        beta = bias
+        if HAS_BIAS:
+            beta = sample(bias, shift_std, k0, k1, draw, 0, SHIFT_STREAM, NOISE, BLOCK_N, FAST)
+        last = tl.minimum(stop, (draw + 1) * rows_per_draw)
+        for first in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
+            position = first + tl.arange(0, BLOCK_M)[:, None]
+            row_mask = position < last
+            row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+            mask = row_mask & col_mask
+            x = tl.load(x_ptr + offsets(row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
+            mean = tl.sum(x, axis=1, keep_dims=True) / N
+            centred = tl.where(col_mask, x - mean, 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / N + eps)
+            y = _affine(
+                centred * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, 0, NOISE, HAS_BIAS, BLOCK_N, FAST
+            )
+            tl.store(y_ptr + offsets(row, y_stride, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
+            tl.store(mean_ptr + row, mean, row_mask)
+            tl.store(rstd_ptr + row, rstd, row_mask)
+
+
+@triton.jit
+def forward_wide_kernel(
+    x_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
+    y_ptr, mean_ptr, rstd_ptr, kl_ptr,
+    x_stride, y_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
+    weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, eps: tl.constexpr,
+    NOISE: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows of any width, in pieces of BLOCK_N: the statistics of the run's rows first, then y one piece of columns at a time."""
+    if tl.program_id(0) == 0:
+        _store_kl(
+            weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, kl_ptr,
+            weight_prior, bias_prior, prior_std, N, BLOCK_N,
+        )  # fmt: skip
+        return
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    HAS_BIAS: tl.constexpr = bias_ptr is not None
+    k0, k1 = load_key(seed_ptr)
+    start, stop = run_of(tl.program_id(0) - 1, run_rows, runs_per_group, group_rows)
+    for draw in range(start // rows_per_draw, tl.cdiv(stop, rows_per_draw)):
+        first = tl.maximum(start, draw * rows_per_draw)
+        last = tl.minimum(stop, (draw + 1) * rows_per_draw)
+        for top in range(first, last, BLOCK_M):
+            position = top + tl.arange(0, BLOCK_M)[:, None]
+            row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+            mean, rstd = _wide_statistics(x_ptr, row, position < last, x_stride, eps, N, VEC, BLOCK_M, BLOCK_N, STAGES, ACC)
+            tl.store(mean_ptr + row, mean, position < last)
+            tl.store(rstd_ptr + row, rstd, position < last)
+        tl.debug_barrier()  # one thread stored what all threads load below
+        for first_col in range(0, N, BLOCK_N):
+            cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+            col_mask = cols < N
+            weight, bias = load_parameter(weight_ptr, cols, col_mask, 0.0, ACC), load_parameter(bias_ptr, cols, col_mask, 0.0, ACC)
+            scale_std = load_std(weight_rho_ptr, cols, col_mask, NOISE, ACC)
+            shift_std = load_std(bias_rho_ptr, cols, col_mask, NOISE, ACC)
+            gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+            beta = bias
+            if HAS_BIAS:
+                beta = sample(bias, shift_std, k0, k1, draw, first_col, SHIFT_STREAM, NOISE, BLOCK_N, FAST)
+            for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
+                position = top + tl.arange(0, BLOCK_M)[:, None]
+                row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+                mask = (position < last) & col_mask
+                x = tl.load(x_ptr + offsets(row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
+                mean = tl.load(mean_ptr + row, position < last, other=0.0)
+                rstd = tl.load(rstd_ptr + row, position < last, other=0.0)
+                y = _affine(
+                    (x - mean) * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, first_col,
+                    NOISE, HAS_BIAS, BLOCK_N, FAST,
+                )  # fmt: skip
+                tl.store(y_ptr + offsets(row, y_stride, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _wide_statistics(
+    x_ptr, row, row_mask, x_stride, eps: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / sqrt(var + eps) of rows [BLOCK_M, 1] wider than a tile: those of the pieces, merged (Chan et al., 1983)."""
+    mean, squares = tl.zeros((BLOCK_M, 1), ACC), tl.zeros((BLOCK_M, 1), ACC)
+    for first_col in tl.range(0, N, BLOCK_N, num_stages=STAGES):
+        cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+        mask = row_mask & (cols < N)
+        x = tl.load(x_ptr + offsets(row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
+        count = tl.minimum(N - first_col, BLOCK_N).to(ACC)
+        piece_mean = tl.sum(x, axis=1, keep_dims=True) / count
+        centred = tl.where(cols < N, x - piece_mean, 0.0)
+        shift = piece_mean - mean
+        share = count / (first_col + count)
+        squares += tl.sum(centred * centred, axis=1, keep_dims=True) + shift * shift * (first_col * share)
+        mean += shift * share
+    return mean, 1.0 / tl.sqrt(squares / N + eps)

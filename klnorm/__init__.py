@@ -1,0 +1,20 @@
+"""Normalization layers whose scale and shift are learned distributions."""
+
+from .versions import __version__, require_versions
+
+require_versions()
+
+from . import functional, reference  # noqa: E402
+from .kl import kl_divergence  # noqa: E402
+from .modules import KLLayerNorm  # noqa: E402
+from .replace import replace_layer_norm, restore_layer_norm  # noqa: E402
+
+__all__ = [
+    "KLLayerNorm",
+    "__version__",
+    "functional",
+    "kl_divergence",
+    "reference",
+    "replace_layer_norm",
+    "restore_layer_norm",
+]

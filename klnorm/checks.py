@@ -1,0 +1,156 @@
+"""What a caller may get wrong, and the message that says which argument, what came, what was expected and what to do."""
+
+import math
+from numbers import Real
+
+import torch
+
+NOISES = "batch", "sample", "token"
+_FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+_MAX_ROWS = 1 << 32  # the draw is a 32-bit word of the counter
+
+
+def check_config(prior_std, eps, noise):
+    """Raise unless these are a layer's valid settings."""
+    check_positive("prior_std", prior_std)
+    check_positive("eps", eps)
+    if noise not in NOISES:
+        raise ValueError(f"noise is {noise!r}, expected one of {', '.join(map(repr, NOISES))}: the rows that share a draw.")
+
+
+def as_shape(normalized_shape):
+    """`normalized_shape` as a tuple of positive ints."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(
+            f"normalized_shape is {normalized_shape!r}, expected a positive int or a non-empty sequence of them: "
+            "there is nothing to normalize over no features."
+        )
+    return shape
+
+
+def check_input(x, shape):
+    """Raise unless `x` is a floating-point tensor (..., *shape) that klnorm can read."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor. Remedy: torch.as_tensor(x).")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x has dtype {x.dtype}, expected one of {_names(_FLOATS)}. Remedy: x.float().")
+    if x.layout != torch.strided:
+        raise TypeError(f"x has layout {x.layout}, expected torch.strided. Remedy: x.to_dense().")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"x is on {x.device}, expected a CPU or CUDA tensor. Remedy: x.cpu().")
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, shape))}): its last dimensions must be "
+            "normalized_shape. Remedy: permute x, or change normalized_shape."
+        )
+
+
+def check_parameters(x, shape, weight, bias, weight_rho, bias_rho):
+    """Raise unless the posterior's parameters fit each other and `x`."""
+    if (bias is None) != (bias_rho is None):
+        given, missing = ("bias_rho", "bias") if bias is None else ("bias", "bias_rho")
+        raise ValueError(f"{missing} is None but {given} is not, expected both or neither. Remedy: pass {missing} as well.")
+    _check_like("weight", weight, x, shape)
+    for name, parameter in ("bias", bias), ("weight_rho", weight_rho), ("bias_rho", bias_rho):
+        if parameter is None and name != "weight_rho":
+            continue
+        _check_like(name, parameter, x, shape)
+        if parameter.dtype != weight.dtype:
+            raise TypeError(
+                f"{name} has dtype {parameter.dtype}, expected weight's {weight.dtype}: the parameters share one dtype. "
+                f"Remedy: {name}.to({weight.dtype})."
+            )
+
+
+def check_prior(name, prior, x, shape):
+    """Raise unless `prior` is a finite number, or a tensor like the parameter that it is the prior mean of."""
+    if isinstance(prior, torch.Tensor):
+        _check_like(name, prior, x, shape)
+    elif not _is_real(prior):
+        raise TypeError(f"{name} is a {type(prior).__name__}, expected a float or a tensor of shape {shape}.")
+    elif not math.isfinite(prior):
+        raise ValueError(f"{name} is {prior}, expected a finite number.")
+
+
+def resolve_sample_dim(x, n_normalized, sample_dim):
+    """`sample_dim` as a non-negative dimension of `x`; raise where it is none, or a normalized one."""
+    leading = x.dim() - n_normalized
+    if isinstance(sample_dim, bool) or not isinstance(sample_dim, int):
+        raise TypeError(f"sample_dim is a {type(sample_dim).__name__}, expected an int.")
+    if leading == 0:
+        return 0
+    dim = sample_dim + x.dim() if sample_dim < 0 else sample_dim
+    if not 0 <= dim < leading:
+        raise ValueError(
+            f"sample_dim is {sample_dim}, expected 0 to {leading - 1}: a dimension of x, shape {tuple(x.shape)}, before the "
+            f"{n_normalized} normalized one(s). Remedy: name the dimension that counts samples."
+        )
+    return dim
+
+
+def check_seed(seed, x):
+    """Raise unless `seed` is an int64 tensor of one element on the device of `x`."""
+    if not isinstance(seed, torch.Tensor):
+        raise TypeError(f"seed is a {type(seed).__name__}, expected an int64 tensor. Remedy: torch.tensor([seed], device=x.device).")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed has dtype {seed.dtype}, expected torch.int64. Remedy: seed.long().")
+    if seed.numel() != 1:
+        raise ValueError(f"seed has {seed.numel()} elements, expected 1: every row's noise comes from one seed.")
+    if seed.device != x.device:
+        raise ValueError(f"seed is on {seed.device}, expected {x.device}, where x is. Remedy: seed.to(x.device).")
+
+
+def check_generator(generator, x):
+    """Raise unless `generator` is None or a torch.Generator of the kind of device that `x` is on."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}, expected a torch.Generator or None.")
+    if generator.device.type != x.device.type:
+        raise ValueError(
+            f"generator is for {generator.device}, expected {x.device}, where x is. Remedy: torch.Generator(device=x.device)."
+        )
+
+
+def check_rows(n_rows):
+    """Raise for more rows than the noise can tell apart."""
+    if n_rows > _MAX_ROWS:
+        raise ValueError(f"x has {n_rows} rows, expected at most 2^32. Remedy: split x.")
+
+
+def describe_not_finite(named_tensors):
+    """Which of the tensors hold NaN or infinity, and where first; for a message about a KL that is not finite."""
+    found = []
+    for name, tensor in named_tensors:
+        bad = None if tensor is None else (~tensor.detach().isfinite()).flatten().nonzero()
+        if bad is not None and len(bad):
+            found.append(f"{name} has {len(bad)} such value(s), the first at index {bad[0].item()}")
+    return "; ".join(found) or "every parameter is finite, so a squared deviation or distance overflowed"
+
+
+def check_positive(name, value):
+    """Raise unless `value` is a finite number above 0."""
+    if not _is_real(value):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a float.")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}, expected a finite number above 0.")
+
+
+def _is_real(value):
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_like(name, parameter, x, shape):
+    if not isinstance(parameter, torch.Tensor):
+        raise TypeError(f"{name} is a {type(parameter).__name__}, expected a tensor of shape {shape}.")
+    if parameter.dtype not in _FLOATS:
+        raise TypeError(f"{name} has dtype {parameter.dtype}, expected one of {_names(_FLOATS)}. Remedy: {name}.float().")
+    if parameter.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected normalized_shape {shape}.")
+    if parameter.device != x.device:
+        raise ValueError(f"{name} is on {parameter.device}, expected {x.device}, where x is. Remedy: {name}.to(x.device).")
+
+
+def _names(dtypes):
+    return ", ".join(map(str, dtypes))

@@ -1,0 +1,103 @@
+"""KL-Norm in the symbols of its definition. Every function here is differentiable by autograd.
+
+    posterior  gamma_j ~ N(weight_j, s_j^2), s = softplus(weight_rho);   beta_j ~ N(bias_j, t_j^2), t = softplus(bias_rho)
+    prior      gamma_j ~ N(weight_prior_j, p^2);                         beta_j ~ N(bias_prior_j, p^2)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
+
+TINY_RHO = -40.0  # below it softplus(rho) = exp(rho) to the last bit of fp64
+
+
+def accumulation_dtype(x):
+    """The dtype of all arithmetic on `x`: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def draw_layout(shape, n_normalized, noise, sample_dim):
+    """(draws, inner) of an input: row r uses draw (r // inner) % draws.
+
+    `shape` is the whole shape of x, the last `n_normalized` dimensions of which are normalized together.
+    """
+    leading = shape[: len(shape) - n_normalized]
+    if noise == "batch":
+        return 1, math.prod(leading)
+    if noise == "token":
+        return math.prod(leading), 1
+    if not leading:
+        return 1, 1
+    return leading[sample_dim], math.prod(leading[sample_dim + 1 :])
+
+
+def log_softplus(rho):
+    """log(softplus(rho)), which is rho itself where softplus(rho) may underflow."""
+    return torch.where(rho < TINY_RHO, rho, F.softplus(rho.clamp(min=TINY_RHO)).log())
+
+
+def kl_normal(mean, rho, prior_mean, prior_std):
+    """KL(N(mean, softplus(rho)^2) || N(prior_mean, prior_std^2)), element by element, in nats."""
+    s, p = F.softplus(rho), prior_std
+    return math.log(p) - log_softplus(rho) + (s**2 + (mean - prior_mean) ** 2) / (2 * p**2) - 0.5
+
+
+def kl_layer_norm(
+    x,
+    normalized_shape,
+    weight,
+    bias,
+    weight_rho,
+    bias_rho,
+    *,
+    weight_prior=1.0,
+    bias_prior=0.0,
+    prior_std=0.1,
+    eps=1e-5,
+    noise="sample",
+    sample_dim=0,
+    sample=True,
+    seed=None,
+):
+    """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same (y, kl), nothing checked, nothing fused."""
+    draws, inner = draw_layout(x.shape, len(normalized_shape), noise, sample_dim)
+    acc = accumulation_dtype(x)
+    n = math.prod(normalized_shape)
+    w, b, w_rho, b_rho, w_prior, b_prior = (
+        v.reshape(-1).to(acc) if torch.is_tensor(v) else v
+        for v in (weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
+    )
+
+    kl = kl_normal(w, w_rho, w_prior, prior_std).sum()
+    if b is not None:
+        kl = kl + kl_normal(b, b_rho, b_prior, prior_std).sum()
+
+    rows = x.reshape(-1, n).to(acc)
+    centred = rows - rows.mean(1, keepdim=True)
+    xhat = centred / torch.sqrt((centred**2).mean(1, keepdim=True) + eps)
+
+    if not sample:
+        y = w * xhat
+        y = y if b is None else y + b
+    elif draws == len(rows):
+        y = _merged(xhat, w, b, F.softplus(w_rho), None if b is None else F.softplus(b_rho), seed)
+    else:
+        d = torch.arange(len(rows), device=x.device) // inner % draws
+        every = torch.arange(draws, device=x.device)
+        y = (w + F.softplus(w_rho) * normals(seed, every, n, SCALE_STREAM).to(acc))[d] * xhat
+        if b is not None:
+            y = y + (b + F.softplus(b_rho) * normals(seed, every, n, SHIFT_STREAM).to(acc))[d]
+    return y.reshape(x.shape).to(x.dtype), kl
+
+
+def _merged(xhat, w, b, s, t, seed):
+    """Every row its own draw: scale and shift noise merged into one normal (local reparameterization)."""
+    rows = torch.arange(len(xhat), device=xhat.device)
+    eps = normals(seed, rows, xhat.shape[1], MERGED_STREAM).to(xhat.dtype)
+    variance = s**2 * xhat**2 + (0 if t is None else t**2)
+    # sqrt with derivative 0 at 0, where its own is infinite
+    std = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+    return w * xhat + (0 if b is None else b) + std * eps

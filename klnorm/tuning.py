@@ -1,0 +1,80 @@
+"""Tile sizes, warps and how rows are dealt to programs: plain functions of width, dtype and the number of multiprocessors.
+
+Tiles and warps depend on the width and the dtype only, so a row's result never depends on the batch it is in.
+"""
+
+from typing import NamedTuple
+
+REGISTER_WIDTH = 8192  # widest row kept whole in registers
+REGISTER_WIDTH_FP64 = 2048
+TILE_ELEMENTS = 2048  # of a tile of several narrow rows
+WIDE_TILE_BYTES = 24 << 20  # of input that all programs together may read twice and still find in L2
+
+
+class Tile(NamedTuple):
+    """Shape of the tile a program works on; `wide` rows are worked through in pieces of `block_n`."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    wide: bool
+
+
+class Runs(NamedTuple):
+    """How positions are dealt: groups of `group_rows`, each in `runs_per_group` runs of `run_rows`, one run a program.
+
+    `span`: a run may hold several draws. Otherwise every run lies in one draw.
+    """
+
+    programs: int
+    run_rows: int
+    runs_per_group: int
+    group_rows: int
+    span: bool
+
+
+def next_power_of_2(n):
+    return 1 << max(0, n - 1).bit_length()
+
+
+def tile(n_cols, itemsize, backward=False):
+    """The tile for rows of `n_cols` features of `itemsize` bytes."""
+    if n_cols > (REGISTER_WIDTH_FP64 if itemsize == 8 else REGISTER_WIDTH):
+        return Tile(1, 1024 if itemsize == 8 else 2048 if backward else 4096, 8, 1, True)
+    block_n = max(16, next_power_of_2(n_cols))
+    block_m = max(1, TILE_ELEMENTS // block_n // (itemsize // 2 or 1))
+    return Tile(block_m, block_n, min(16, max(4, block_n // 512)), 1, False)
+
+
+def forward_runs(n_rows, draws, tile, row_bytes, multiprocessors):
+    """Runs of the forward kernel: short, so that programs even out; wide ones small enough to be read again from L2."""
+    programs = 8 * multiprocessors * max(1, 16 // tile.num_warps)
+    if tile.wide:
+        run_rows = max(1, WIDE_TILE_BYTES // (2 * multiprocessors * row_bytes))
+        programs = max(multiprocessors, -(-n_rows // run_rows))
+    return _deal(n_rows, draws, tile.block_m, programs)
+
+
+def backward_runs(n_rows, draws, tile, multiprocessors):
+    """Runs of the backward kernel: as many programs as are resident at once, since each writes a row of partial sums."""
+    return _deal(n_rows, draws, tile.block_m, multiprocessors * max(1, 16 // tile.num_warps))
+
+
+def finalizer_tile(n_cols):
+    """(programs, features, warps) per step of the finalizer."""
+    return 64, min(64, max(8, next_power_of_2(n_cols))), 4
+
+
+def _deal(n_rows, draws, block_m, programs):
+    """At most about `programs` runs over `draws` equal groups of rows, in whole tiles where a group is cut."""
+    if not n_rows:
+        return Runs(0, 1, 1, 1, False)
+    rows_per_draw = n_rows // draws
+    if draws > programs:
+        run_rows = -(-draws // programs) * rows_per_draw
+        return Runs(-(-n_rows // run_rows), run_rows, -(-n_rows // run_rows), n_rows, True)
+    tiles = -(-rows_per_draw // block_m)
+    run_rows = -(-tiles // max(1, programs // draws)) * block_m
+    runs = -(-rows_per_draw // run_rows)
+    return Runs(runs * draws, run_rows, runs, rows_per_draw, False)

@@ -1,0 +1,36 @@
+"""The version of klnorm, and of the packages that it needs."""
+
+import re
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+
+def require_versions():
+    """Raise ImportError unless torch is new enough."""
+    _require("torch", (2, 6))
+
+
+def require_triton():
+    """Raise ImportError unless triton is there and new enough. Only the kernels need it: klnorm imports without it."""
+    _require("triton", (3, 2))
+
+
+def _require(package, minimum):
+    try:
+        # A stray folder of that name can be imported too, but has no version.
+        found = getattr(import_module(package), "__version__", None)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        found = None
+    if found is None or not _reaches(found, minimum):
+        needed = f"{package}>={minimum[0]}.{minimum[1]}"
+        message = f"klnorm needs {needed}, found {found or 'none'}. Remedy: pip install '{needed}'"
+        raise ImportError(message, name=package)
+
+
+def _reaches(version, minimum):
+    """Compare major and minor alone: "2.6.0a0+git" is a build of 2.6, and a version without numbers somebody's own."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return match is None or (int(match[1]), int(match[2])) >= minimum

@@ -1,0 +1,30 @@
+"""Metadata of klnorm; the build backend and the settings of the tools are in pyproject.toml."""
+
+from pathlib import Path
+from runpy import run_path
+
+from setuptools import find_packages, setup
+
+DEMO = ["scikit-learn", "matplotlib"]
+
+setup(
+    name="klnorm",
+    version=run_path("klnorm/versions.py")["__version__"],
+    description="KL-regularized LayerNorm and RMSNorm for PyTorch, as fused Triton kernels",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The klnorm developers",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["klnorm", "klnorm.*"]), "klnorm.kernels"],
+    # The link klnorm/kernels serves a source tree only: archives do not keep it, and this line stands in for it.
+    package_dir={"klnorm.kernels": "kernels"},
+    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "numpy"],
+    extras_require={
+        "demo": DEMO,
+        "bench": ["matplotlib"],
+        "test": [*DEMO, "pytest>=8", "setuptools>=77"],
+        "hf": ["transformers", "peft", "accelerate", "safetensors"],
+    },
+)

@@ -1,0 +1,157 @@
+"""The layout: device code in kernels/, installed as klnorm.kernels, and imports that go one way."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from klnorm.versions import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ["kernels", "launch", "ops", "functional", "modules"]
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+SOURCES = KERNELS + sorted(path for path in (ROOT / "klnorm").rglob("*.py") if "kernels" not in path.parts)
+
+
+def module_of(path):
+    """("klnorm", "kernels", "noise") for kernels/noise.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts if parts[0] == "klnorm" else ("klnorm", *parts)
+
+
+def imports_of(path):
+    """Dotted names of all that a file imports, wherever in it, relative ones made absolute."""
+    package = module_of(path)[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            base += (node.module,) if node.module else ()
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def foreign_imports(folder, allowed):
+    """{file: imports} of what the files of a folder import from outside it, other than the allowed packages."""
+    own = ".".join(module_of(folder)) + "."
+    found = {}
+    for path in folder.glob("*.py"):
+        names = [name for name in imports_of(path) if name.split(".")[0] not in allowed and not name.startswith(own)]
+        if names:
+            found[path.name] = names
+    return found
+
+
+def test_kernels_is_a_folder_without_init():
+    assert KERNELS
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the published package of that name"
+
+
+def test_link_is_relative():
+    assert os.readlink(ROOT / "klnorm" / "kernels") == os.path.join("..", "kernels")
+
+
+@pytest.mark.parametrize("stem", [path.stem for path in KERNELS])
+def test_klnorm_kernels_are_the_files_in_kernels(stem):
+    assert Path(find_spec(f"klnorm.kernels.{stem}").origin).resolve() == ROOT / "kernels" / f"{stem}.py"
+
+
+def test_kernels_import_triton_alone():
+    assert foreign_imports(ROOT / "kernels", {"triton", "math", "__future__"}) == {}
+
+
+def test_reference_imports_torch_alone():
+    assert foreign_imports(ROOT / "klnorm" / "reference", {"torch", *sys.stdlib_module_names}) == {}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_one_way(layer):
+    parts = {module_of(path)[1] for path in SOURCES}
+    graph = {part: set() for part in parts}
+    for path in SOURCES:
+        names = [name.split(".") for name in imports_of(path)]
+        # Names that are not files come from klnorm/__init__.py.
+        targets = {(name[1:] or ["__init__"])[0] for name in names if name[0] == "klnorm"}
+        graph[module_of(path)[1]] |= {target if target in parts else "__init__" for target in targets}
+    reached, todo = set(), {layer}
+    while todo:
+        reached |= todo
+        todo = set().union(*(graph.get(part, set()) for part in todo)) - reached
+    above = {"__init__", *LAYERS[LAYERS.index(layer) + 1 :]}
+    assert not reached & above
+
+
+def copy_tree(folder):
+    """The source tree without environments and build output."""
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored))
+
+
+def build(kind, tree, folder):
+    """Call the build backend for an sdist or a wheel, as pip does."""
+    folder.mkdir()
+    code = f"import sys; from setuptools.build_meta import build_{kind}; build_{kind}(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=tree, check=True)
+    (archive,) = folder.iterdir()
+    return archive
+
+
+def pip_install(target, *what):
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", target, *what], check=True)
+
+
+def assert_imports(target, kernels):
+    """Python finds klnorm.kernels in the folder `kernels` once `target` is a site folder, and `kernels` nowhere."""
+    code = """if True:
+        import json, site, sys
+        from importlib.util import find_spec
+        target, stems, others = json.loads(sys.argv[1])
+        site.addsitedir(target)
+        print(find_spec("kernels"))
+        sys.path += others
+        for stem in stems:
+            print(find_spec("klnorm.kernels." + stem).origin)
+    """
+    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    arguments = json.dumps([str(target), [path.stem for path in KERNELS], others])
+    # -I and -S: neither the working folder nor the klnorm installed for these tests may help.
+    command = [sys.executable, "-I", "-S", "-c", code, arguments]
+    top_level, *origins = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    assert top_level == "None"
+    assert [Path(origin).resolve() for origin in origins] == [kernels / path.name for path in KERNELS]
+
+
+def python_files(wheel):
+    return sorted(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py"))
+
+
+EXPECTED_FILES = sorted("/".join(module_of(path)) + ".py" for path in SOURCES)
+
+
+def test_wheel(tmp_path):
+    wheel = build("wheel", copy_tree(tmp_path / "tree"), tmp_path / "dist")
+    assert wheel.name == f"klnorm-{__version__}-py3-none-any.whl"
+    assert python_files(wheel) == EXPECTED_FILES
+    pip_install(tmp_path / "site", wheel)
+    assert_imports(tmp_path / "site", tmp_path / "site" / "klnorm" / "kernels")
+
+
+def test_wheel_from_sdist(tmp_path):
+    sdist = build("sdist", copy_tree(tmp_path / "tree"), tmp_path / "sdist")
+    subprocess.run(["tar", "-xf", sdist, "-C", tmp_path], check=True)
+    wheel = build("wheel", tmp_path / f"klnorm-{__version__}", tmp_path / "dist")
+    assert python_files(wheel) == EXPECTED_FILES
+
+
+def test_editable_install(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    pip_install(tmp_path / "site", "--editable", tree)
+    assert_imports(tmp_path / "site", tree / "kernels")
