@@ -1,11 +1,14 @@
 # Every target runs in one environment, .venv, made on first use. pip reads its own variables (PIP_INDEX_URL, ...).
-PYTHON ?= python3
 BENCH := norms
-
 RUN := .venv/bin/python -m
-# Named after the interpreter, so that another PYTHON makes a new environment.
-VENV := .venv/made-by-$(subst /,_,$(PYTHON))
 INSTALLED := .venv/installed
+# Named after the interpreter: another PYTHON makes a new environment, and none keeps the one there is.
+ifdef PYTHON
+VENV := .venv/made-by-$(subst /,_,$(PYTHON))
+else
+PYTHON := python3
+VENV := $(or $(wildcard .venv/made-by-*),.venv/made-by-python3)
+endif
 BENCHES := $(basename $(notdir $(shell grep -ls __main__ bench/*.py)))
 
 .DEFAULT_GOAL := help

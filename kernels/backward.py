@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import load_std, merged_variance, sample, shared_normals
-from .rows import load_parameter, offsets, row_at, run_of
+from .rows import draws_of, load_parameter, row_at, run_of, tile_at
 
 # Slots of the partial sums [slot, program, feature].
 WEIGHT_SUM = tl.constexpr(0)  # of dy * xhat
@@ -25,8 +25,8 @@ def _tile_gradients(
     mask = row_mask & (cols < N)
     mean = tl.load(mean_ptr + row, row_mask, other=0.0)
     rstd = tl.load(rstd_ptr + row, row_mask, other=0.0)
-    x = tl.load(x_ptr + offsets(row, x_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
-    dy = tl.load(dy_ptr + offsets(row, dy_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
+    x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
+    dy = tl.load(tile_at(dy_ptr, row, dy_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
     xhat = (x - mean) * rstd
     dxhat, u = dy * gamma, dy
     if NOISE == "merged":
@@ -102,8 +102,8 @@ def backward_kernel(
     shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
     k0, k1 = load_key(seed_ptr)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
-    first_draw = start // rows_per_draw
-    for draw in range(first_draw, tl.cdiv(stop, rows_per_draw)):
+    first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
+    for draw in range(first_draw, first_draw + count):
         gamma = sample(weight, scale_std, k0, k1, draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
         sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
@@ -120,7 +120,7 @@ def backward_kernel(
             along_xhat = tl.sum(dxhat * xhat, axis=1, keep_dims=True) / N
             dx = rstd * (dxhat - along_one - xhat * along_xhat)
             mask = (position < last) & (cols < N)
-            tl.store(dx_ptr + offsets(row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+            tl.store(tile_at(dx_ptr, row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
         _store_sums(
             partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, 0, cols, draw == first_draw,
             NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
@@ -140,8 +140,8 @@ def backward_wide_kernel(
     HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
     k0, k1 = load_key(seed_ptr)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
-    first_draw = start // rows_per_draw
-    for draw in range(first_draw, tl.cdiv(stop, rows_per_draw)):
+    first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
+    for draw in range(first_draw, first_draw + count):
         first, last = tl.maximum(start, draw * rows_per_draw), tl.minimum(stop, (draw + 1) * rows_per_draw)
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
@@ -184,7 +184,7 @@ def backward_wide_kernel(
                 along_xhat = tl.load(row_sum_ptr + 2 * row + 1, position < last, other=0.0) / N
                 dx = rstd * (dxhat - along_one - xhat * along_xhat)
                 mask = (position < last) & (cols < N)
-                tl.store(dx_ptr + offsets(row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+                tl.store(tile_at(dx_ptr, row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
             _store_sums(
                 partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, first_col, cols, draw == first_draw,
                 NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,

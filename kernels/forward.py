@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import kl_terms, load_std, merged_variance, sample
-from .rows import load_parameter, row_at, run_of, offsets
+from .rows import draws_of, load_parameter, row_at, run_of, tile_at
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def forward_kernel(
     y_ptr, mean_ptr, rstd_ptr, kl_ptr,
     x_stride, y_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
     weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, eps: tl.constexpr,
-    NOISE: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BLOCK_N features, whole in registers. Program 0 owns the KL, program 1 + i the i-th run of rows."""
@@ -69,7 +69,8 @@ def forward_kernel(
     shift_std = load_std(bias_rho_ptr, cols, col_mask, NOISE, ACC)
     k0, k1 = load_key(seed_ptr)
     start, stop = run_of(tl.program_id(0) - 1, run_rows, runs_per_group, group_rows)
-    for draw in range(start // rows_per_draw, tl.cdiv(stop, rows_per_draw)):
+    first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
+    for draw in range(first_draw, first_draw + count):
         gamma = sample(weight, scale_std, k0, k1, draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
         beta = bias
         if HAS_BIAS:
@@ -80,14 +81,14 @@ def forward_kernel(
             row_mask = position < last
             row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
             mask = row_mask & col_mask
-            x = tl.load(x_ptr + offsets(row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
+            x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
             mean = tl.sum(x, axis=1, keep_dims=True) / N
             centred = tl.where(col_mask, x - mean, 0.0)
             rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / N + eps)
             y = _affine(
                 centred * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, 0, NOISE, HAS_BIAS, BLOCK_N, FAST
             )
-            tl.store(y_ptr + offsets(row, y_stride, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
+            tl.store(tile_at(y_ptr, row, y_stride, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
             tl.store(mean_ptr + row, mean, row_mask)
             tl.store(rstd_ptr + row, rstd, row_mask)
 
@@ -98,7 +99,7 @@ def forward_wide_kernel(
     y_ptr, mean_ptr, rstd_ptr, kl_ptr,
     x_stride, y_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
     weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, eps: tl.constexpr,
-    NOISE: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any width, in pieces of BLOCK_N: the statistics of the run's rows first, then y one piece of columns at a time."""
@@ -112,7 +113,8 @@ def forward_wide_kernel(
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     k0, k1 = load_key(seed_ptr)
     start, stop = run_of(tl.program_id(0) - 1, run_rows, runs_per_group, group_rows)
-    for draw in range(start // rows_per_draw, tl.cdiv(stop, rows_per_draw)):
+    first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
+    for draw in range(first_draw, first_draw + count):
         first = tl.maximum(start, draw * rows_per_draw)
         last = tl.minimum(stop, (draw + 1) * rows_per_draw)
         for top in range(first, last, BLOCK_M):
@@ -136,14 +138,14 @@ def forward_wide_kernel(
                 position = top + tl.arange(0, BLOCK_M)[:, None]
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
                 mask = (position < last) & col_mask
-                x = tl.load(x_ptr + offsets(row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
+                x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
                 mean = tl.load(mean_ptr + row, position < last, other=0.0)
                 rstd = tl.load(rstd_ptr + row, position < last, other=0.0)
                 y = _affine(
                     (x - mean) * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, first_col,
                     NOISE, HAS_BIAS, BLOCK_N, FAST,
                 )  # fmt: skip
-                tl.store(y_ptr + offsets(row, y_stride, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
+                tl.store(tile_at(y_ptr, row, y_stride, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -157,7 +159,7 @@ def _wide_statistics(
     for first_col in tl.range(0, N, BLOCK_N, num_stages=STAGES):
         cols = first_col + tl.arange(0, BLOCK_N)[None, :]
         mask = row_mask & (cols < N)
-        x = tl.load(x_ptr + offsets(row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
+        x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
         count = tl.minimum(N - first_col, BLOCK_N).to(ACC)
         piece_mean = tl.sum(x, axis=1, keep_dims=True) / count
         centred = tl.where(cols < N, x - piece_mean, 0.0)

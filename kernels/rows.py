@@ -17,6 +17,15 @@ def run_of(program, run_rows, runs_per_group, group_rows):
 
 
 @triton.jit
+def draws_of(start, stop, rows_per_draw, SPAN: tl.constexpr):
+    """(first draw, number of draws) of a run; one unless SPAN, known at compile time to spare the registers of a loop."""
+    if SPAN:
+        return start // rows_per_draw, tl.cdiv(stop, rows_per_draw) - start // rows_per_draw
+    else:
+        return start // rows_per_draw, 1
+
+
+@triton.jit
 def row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS: tl.constexpr):
     """Row of x at a position of `draw`: its k-th row with (row // inner) % n_draws == draw."""
     if CONTIGUOUS:
@@ -35,6 +44,10 @@ def load_parameter(ptr, cols, mask, fill: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def offsets(row, stride, cols, VEC: tl.constexpr):
-    """Element offsets [rows, cols]; `stride` counts vectors of VEC elements, which tells the compiler what is aligned."""
-    return row * (stride * VEC) + cols
+def tile_at(ptr, row, stride, cols, VEC: tl.constexpr):
+    """Pointers [rows, cols] into a matrix whose rows start at multiples of VEC elements; `stride` counts VECs.
+
+    The hint makes vector width, and with it the order of a row's sums, depend on VEC alone: Triton's own guess would
+    look at the alignment of the base pointer, so a row could differ in its last bit with its place in memory.
+    """
+    return tl.multiple_of(ptr + (row * (stride * VEC) + cols), (1, VEC * (ptr.dtype.element_ty.primitive_bitwidth // 8)))

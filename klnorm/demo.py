@@ -7,9 +7,10 @@ replace the layers, give the deviations a learning rate of their own, add the KL
 
 How the settings were chosen: on development seeds 1000 to 1004 (the demo prints seeds 0, 1, ...), by mean NLL on the
 images of the first 1,000 that a seed left unlabelled; the test images and the shift took no part. First the model,
-learning rate, weight decay and steps, for the plain LayerNorm model alone. With those fixed, INIT_STD and PRIOR_STD
-out of (0.05, 0.1), (0.05, 0.2) and (0.1, 0.4), with KL / n and 0.1 KL / n for the first two pairs. RHO_LEARNING_RATE
-was not searched.
+learning rate, weight decay and steps, for the plain LayerNorm model alone (NLL 0.285). With those fixed, the deviations:
+INIT_STD and PRIOR_STD out of (0.05, 0.1), (0.05, 0.2) and (0.1, 0.4), RHO_LEARNING_RATE out of 0.01 and 0.03. There
+KL_FACTOR 1, 0.1 and 0.01 gave 0.273, 0.275 and 0.279, too close to tell apart. At 1, the evidence lower bound, 100 labels
+are too few to move any deviation off the prior and the picture is empty; at 0.1 some do move.
 """
 
 import argparse
@@ -33,7 +34,8 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1.0
 INIT_STD = 0.05  # posterior deviation before training
 PRIOR_STD = 0.2
-RHO_LEARNING_RATE = 1e-2  # at the rate of the weights the deviations would hardly move
+RHO_LEARNING_RATE = 3e-2  # at the rate of the weights the deviations would hardly move
+KL_FACTOR = 0.1  # 1 is the evidence lower bound; less trusts the data more
 MC_SAMPLES = 8
 
 
@@ -146,7 +148,7 @@ def train(model, images, labels, steps, seed, on_step=lambda: None):
         batch = torch.randperm(len(images), generator=batch_order)[:BATCH].to(images.device)
         nll = F.cross_entropy(model(images[batch]), labels[batch])
         kl = klnorm.kl_divergence(model)  # nats; 0 for the plain model
-        loss = nll + kl / len(images)  # (3) add the KL: per training example, as the nll is
+        loss = nll + KL_FACTOR * kl / len(images)  # (3) add the KL: per training example, as the nll is
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -41,7 +41,7 @@ def forward(
             rows.stride(0) // vec, n_cols // vec, n_draws, inner, max(1, n_rows // n_draws),
             runs.run_rows, runs.runs_per_group, runs.group_rows,
             weight_prior=weight_prior_value, bias_prior=bias_prior_value, prior_std=prior_std, eps=eps,
-            NOISE=noise, CONTIGUOUS=_in_order(noise, n_rows, n_draws, inner),
+            NOISE=noise, SPAN=noise == "shared" and runs.span, CONTIGUOUS=_in_order(noise, n_rows, n_draws, inner),
             FAST=_fast(x.device), N=n_cols, VEC=vec,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip

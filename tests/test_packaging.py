@@ -147,7 +147,10 @@ def test_wheel(tmp_path):
 def test_wheel_from_sdist(tmp_path):
     sdist = build("sdist", copy_tree(tmp_path / "tree"), tmp_path / "sdist")
     subprocess.run(["tar", "-xf", sdist, "-C", tmp_path], check=True)
-    wheel = build("wheel", tmp_path / f"klnorm-{__version__}", tmp_path / "dist")
+    unpacked = tmp_path / f"klnorm-{__version__}"
+    assert sorted(path.name for path in unpacked.glob("kernels/*.py")) == [path.name for path in KERNELS]
+    assert not (unpacked / "klnorm" / "kernels").exists()
+    wheel = build("wheel", unpacked, tmp_path / "dist")
     assert python_files(wheel) == EXPECTED_FILES
 
 
