@@ -87,8 +87,9 @@ def values_of(results, column, row):
 def format_table(title, columns, rows):
     """Right-aligned cells under `columns`; `rows` maps a row's name to its cells."""
     width = 3 + max(len(text) for cells in (columns, *rows.values()) for text in cells)
-    lines = [f"{name:<20}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows.items()]
-    return "\n".join(["", title, " " * 20 + "".join(f"{column:>{width}}" for column in columns), *lines])
+    lines = ["".join([f"{name:<20}", *(f"{cell:>{width}}" for cell in cells)]).rstrip() for name, cells in rows.items()]
+    header = " " * 20 + "".join(f"{column:>{width}}" for column in columns)
+    return "\n".join(["", title, header, *lines])
 
 
 def summary_table(results):
@@ -150,6 +151,7 @@ def draw(results, path, deviations):
     draw_kl(axes[1, 0], layers)
     draw_deviations(axes[1, 1], layers, deviations)
     path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)
     plt.close(figure)
     return path
@@ -160,8 +162,8 @@ def draw_accuracy(ax, results):
     values = torch.stack([values_of(results, column, "shifted accuracy %") for column in results])  # (columns, seeds)
     ax.plot(values, color="0.75", linewidth=1, zorder=1)
     for x, (row, color) in enumerate(zip(values, COLORS, strict=True)):
-        ax.errorbar(x, row.mean(), row.std(), fmt="o", color=color, markersize=9, capsize=6, linewidth=2)
-    ax.set_xticks(range(len(results)), list(results))
+        ax.errorbar(x, row.mean().item(), row.std().item(), fmt="o", color=color, markersize=9, capsize=6, linewidth=2)
+    ax.set_xticks(range(len(results)), [column.replace(", ", "\n") for column in results])
     ax.set_xlim(-0.5, len(results) - 0.5)
     ax.set(title="Shifted digits: accuracy (grey: one line per seed)", ylabel="accuracy %")
 
@@ -182,18 +184,18 @@ def draw_kl(ax, layers):
     """KL of each layer after training: mean and standard deviation over the seeds."""
     names = list(layers[0])
     kl = torch.tensor([[layer[name][0] for name in names] for layer in layers])  # (seeds, layers)
-    ax.barh(names, kl.mean(dim=0), xerr=kl.std(dim=0), color=COLORS[1], capsize=4)
+    ax.barh(names, kl.mean(dim=0).tolist(), xerr=kl.std(dim=0).tolist(), color="#8c8c8c", capsize=4)
     ax.invert_yaxis()
-    ax.set(title="KL of each layer after training", xlabel="nats")
+    ax.set(title="KL of each layer after training", xlabel="nats, mean ± standard deviation over the seeds")
 
 
 def draw_deviations(ax, layers, references):
     """Posterior deviations of each layer after training, averaged over its features and the seeds."""
     names = list(layers[0])
     std = torch.tensor([[layer[name][1:] for name in names] for layer in layers]).mean(dim=0)  # (layers, 2)
-    y = torch.arange(len(names))
-    ax.barh(y - 0.2, std[:, 0], 0.38, color=COLORS[1], label="scale")
-    ax.barh(y + 0.2, std[:, 1], 0.38, color=COLORS[2], label="shift")
+    y = torch.arange(len(names)).numpy()
+    ax.barh(y - 0.2, std[:, 0].tolist(), 0.38, color="#8172b3", label="scale")
+    ax.barh(y + 0.2, std[:, 1].tolist(), 0.38, color="#ccb974", label="shift")
     for (name, value), style in zip(references.items(), (":", "--"), strict=True):
         ax.axvline(value, color="0.3", linestyle=style, label=f"{name} ({value})")
     ax.set_yticks(y, names)

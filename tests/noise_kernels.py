@@ -49,8 +49,10 @@ def _normals_kernel(
 def kernel_normals(seed, draw, n_cols, stream, first_col=0):
     """The kernels' normals (D, n_cols) of `draw` (D,), int64, and of the features from `first_col` on."""
     out = torch.empty((len(draw), n_cols), device=seed.device)
+    block = 256 if seed.is_cuda else 1 << 16  # in the interpreter time is in the number of programs
     if out.numel():
-        _normals_kernel[(len(draw), triton.cdiv(n_cols, 256))](
-            seed, draw, out, n_cols, first_col, STREAM=stream, FAST=launch._fast(seed.device), BLOCK=256
-        )
+        _normals_kernel[(len(draw), triton.cdiv(n_cols, block))](
+            seed, draw, out, n_cols, first_col, STREAM=stream, FAST=launch._fast(seed.device),
+            BLOCK=min(block, max(8, triton.next_power_of_2(n_cols))),
+        )  # fmt: skip
     return out

@@ -1,0 +1,285 @@
+"""Every kernel variant against the specification: values, gradients, strides, widths, repeatability.
+
+An error is judged against the specification evaluated in fp64 with the kernels' own noise, so that only the rounding of
+what is tested is left. It may be a small multiple of the error that the specification itself makes in the dtype at hand.
+"""
+
+import pytest
+import torch
+import triton
+from noise_kernels import kernel_normals
+
+from klnorm import launch, reference, tuning
+from klnorm.reference import kl_norm
+
+PRIOR_STD, EPS = 0.3, 1e-5
+MODES = "none", "batch", "sample", "token"
+
+
+@pytest.fixture(params=[1, 3, 1000], ids=lambda n: f"{n}sm")
+def multiprocessors(request, monkeypatch):
+    """How many programs there are: few long runs that hold several draws, or many short ones."""
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: request.param)
+
+
+class Problem:
+    """Random inputs and cotangents for one call, on `device`."""
+
+    def __init__(self, device, leading, n, noise, sample_dim=0, *, bias=True, dtype=torch.float32, param_dtype=None, priors=True):
+        generator = torch.Generator().manual_seed(sum(leading) * 31 + n)
+
+        def randn(*shape, dtype=dtype):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+        param_dtype = param_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+        self.x, self.dy = 2 * randn(*leading, n) + 1, randn(*leading, n)
+        means = [randn(n, dtype=param_dtype) for _ in range(2)]
+        rhos = [randn(n, dtype=param_dtype) - 1 for _ in range(2)]
+        prior_tensors = [randn(n, dtype=param_dtype) for _ in range(2)] if priors else [None, None]
+        if not bias:
+            means[1] = rhos[1] = prior_tensors[1] = None
+        self.parameters = [means[0], means[1], rhos[0], rhos[1]]
+        self.prior_tensors, self.prior_values = prior_tensors, (0.9, -0.1)
+        self.noise, self.sample_dim, self.n = noise, sample_dim, n
+        self.seed = None if noise == "none" else torch.tensor([-(2**62) + 12345], device=device)
+        self.dkl = torch.tensor(0.7, device=device, dtype=kl_norm.accumulation_dtype(self.x))
+        mode = "batch" if noise == "none" else noise
+        self.draws, self.inner = kl_norm.draw_layout(self.x.shape, 1, mode, sample_dim)
+
+    def forward(self):
+        """[y, kl] of the kernels; keeps the row statistics for backward."""
+        y, kl, *self.statistics = launch.forward(
+            self.x, *self.parameters, *self.prior_tensors, self.seed, *self.prior_values, PRIOR_STD, EPS, self.draws, self.inner
+        )
+        return [y, kl]
+
+    def backward(self):
+        """[dx, dweight, dbias, dweight_rho, dbias_rho] of the kernels, None where there is no shift."""
+        return list(
+            launch.backward(
+                self.dy, self.dkl, self.x, *self.parameters, *self.prior_tensors, self.seed, *self.statistics,
+                *self.prior_values, PRIOR_STD, self.draws, self.inner,
+            )
+        )  # fmt: skip
+
+    def specification(self, dtype):
+        """The same seven tensors from autograd through the specification, computed in `dtype` on the CPU."""
+        x, *parameters = (None if t is None else t.detach().cpu().to(dtype).requires_grad_() for t in (self.x, *self.parameters))
+        weight_prior, bias_prior = (
+            value if prior is None else prior.cpu().to(dtype)
+            for prior, value in zip(self.prior_tensors, self.prior_values, strict=True)
+        )
+        weight, bias, weight_rho, bias_rho = parameters
+        y, kl = reference.kl_layer_norm(
+            x, (self.n,), weight, bias, weight_rho, bias_rho, weight_prior=weight_prior, bias_prior=bias_prior,
+            prior_std=PRIOR_STD, eps=EPS, noise="batch" if self.noise == "none" else self.noise,
+            sample_dim=self.sample_dim, sample=self.noise != "none", seed=self.seed,
+        )  # fmt: skip
+        wanted = [t for t in (x, *parameters) if t is not None]
+        gradients = iter(torch.autograd.grad([y, kl], wanted, [self.dy.cpu().to(dtype), self.dkl.cpu().to(kl.dtype)]))
+        return [y, kl, *(None if t is None else next(gradients) for t in (x, *parameters))]
+
+    def check(self, monkeypatch):
+        """Compare all seven results; return them."""
+        results = [*self.forward(), *self.backward()]
+        device = self.x.device
+        monkeypatch.setattr(
+            kl_norm, "normals", lambda seed, draw, n, stream: kernel_normals(seed, draw.to(device), n, stream).cpu()
+        )
+        exact, rounded = self.specification(torch.float64), self.specification(kl_norm.accumulation_dtype(self.x))
+        names = "y", "kl", "dx", "dweight", "dbias", "dweight_rho", "dbias_rho"
+        for name, got, want, other in zip(names, results, exact, rounded, strict=True):
+            if want is None:
+                assert got is None
+                continue
+            assert got.shape == want.shape
+            if want.numel():
+                error = (got.cpu().double() - want).abs().max().item()
+                assert error <= tolerance(got.dtype, want, other), f"{name}: error {error}"
+        return results
+
+
+def tolerance(dtype, exact, specification):
+    """Half an ulp of rounding to `dtype`, and eight times the specification's own error or that of one fp32 operation.
+
+    Eight, because the two sum and associate in different orders, and tl.log, tl.exp and 1 / sqrt are approximations of 2 ulp.
+    """
+    own = (specification.double() - exact).abs().max().item()
+    largest = exact.abs().max().item()
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0
+    if dtype == torch.bfloat16 and not isinstance(launch.forward_kernel, triton.JITFunction):
+        rounding *= 2  # the interpreter truncates to bf16
+    return rounding * largest + 8 * max(own, unit * largest)
+
+
+@pytest.mark.parametrize("noise", MODES)
+@pytest.mark.parametrize(
+    ("leading", "n", "bias"),
+    [((7, 3), 33, True), ((7, 3), 40, False), ((2, 5, 2), 96, True), ((13,), 1, False), ((1,), 200, True), ((1, 31), 8, True)],
+)
+def test_variants(device, monkeypatch, multiprocessors, leading, n, bias, noise):
+    Problem(device, leading, n, noise, bias=bias).check(monkeypatch)
+
+
+@pytest.mark.parametrize("sample_dim", [0, 1, 2])
+def test_any_dimension_may_count_samples(device, monkeypatch, multiprocessors, sample_dim):
+    Problem(device, (3, 5, 4), 40, "sample", sample_dim).check(monkeypatch)
+
+
+@pytest.mark.parametrize("noise", MODES)
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float64),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.float64),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+def test_dtypes(device, monkeypatch, dtype, param_dtype, noise):
+    results = Problem(device, (5, 3), 72, noise, dtype=dtype, param_dtype=param_dtype).check(monkeypatch)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [t.dtype for t in results] == [dtype, statistics, dtype] + [param_dtype] * 4
+
+
+@pytest.mark.parametrize("noise", MODES)
+@pytest.mark.parametrize(("n", "dtype"), [(601, torch.bfloat16), (512, torch.float64)], ids=str)
+def test_wide_rows(device, monkeypatch, multiprocessors, n, dtype, noise):
+    """The kernels that work through a row in pieces, here small ones: the interpreter's time is in their number."""
+    monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(2, 256, 4, 1, True))
+    Problem(device, (3, 2), n, noise, dtype=dtype, bias=n != 512).check(monkeypatch)
+
+
+@pytest.mark.parametrize("noise", ["sample", "token"])
+def test_wide_rows_as_tuned(device, monkeypatch, noise):
+    few_finalizer_programs(device, monkeypatch)
+    Problem(device, (3, 2), 9001, noise, dtype=torch.bfloat16).check(monkeypatch)
+
+
+@pytest.mark.parametrize("noise", ["batch", "token"])
+def test_widest_rows(device, monkeypatch, noise):
+    few_finalizer_programs(device, monkeypatch)
+    if device.type == "cpu":
+        monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 1 << 18, 8, 1, True))
+    Problem(device, (2,), 1 << 20, noise, dtype=torch.bfloat16).check(monkeypatch)
+
+
+def few_finalizer_programs(device, monkeypatch):
+    """In the interpreter, where a program costs milliseconds, let one finalize many features."""
+    if device.type == "cpu":
+        monkeypatch.setattr(tuning, "finalizer_tile", lambda n_cols: (2, 1 << 16, 4))
+
+
+@pytest.mark.parametrize("noise", MODES)
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_no_rows(device, monkeypatch, noise, wide):
+    """An empty batch: empty y and dx, and the KL divergence and its gradient exactly."""
+    if wide:
+        monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 16, 4, 1, True))
+    Problem(device, (0, 3), 24, noise).check(monkeypatch)
+
+
+@pytest.mark.parametrize("noise", MODES)
+def test_priors_as_numbers(device, monkeypatch, noise):
+    Problem(device, (5, 3), 40, noise, priors=False, dtype=torch.float64).check(monkeypatch)
+
+
+def test_only_one_cotangent(device):
+    problem = Problem(device, (5, 3), 40, "sample")
+    problem.forward()
+    both = problem.backward()
+    dy, dkl = problem.dy, problem.dkl
+    problem.dy, problem.dkl = None, dkl
+    only_kl = problem.backward()
+    problem.dy, problem.dkl = dy, None
+    only_y = problem.backward()
+    assert only_kl[0] is None
+    assert torch.equal(only_y[0], both[0])
+    for a, b, c in zip(only_kl[1:], only_y[1:], both[1:], strict=True):
+        assert torch.allclose(a + b, c, rtol=0, atol=4 * torch.finfo(c.dtype).eps * c.abs().max().item())
+        assert a.abs().max() > 0
+        assert b.abs().max() > 0
+
+
+@pytest.mark.parametrize("noise", MODES)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.repeat(1, 1, 2)[..., :40],  # rows with a gap
+        lambda t: torch.cat([t, t], -1)[..., 1:41],  # rows that start unaligned
+        lambda t: t.repeat(1, 2, 1)[:, :3].transpose(0, 1).contiguous().transpose(0, 1),  # not one stride
+        lambda t: t[:1, :1].expand(t.shape),  # stride 0
+        lambda t: t.repeat_interleave(2, -1)[..., ::2],  # features apart
+    ],
+    ids=["gap", "unaligned", "transposed", "expanded", "features apart"],
+)
+def test_strides(device, monkeypatch, noise, view):
+    problem = Problem(device, (5, 3), 40, noise)
+    problem.x, problem.dy = view(problem.x), view(problem.dy)
+    problem.check(monkeypatch)
+
+
+def test_strided_rows_are_read_in_place(device):
+    storage = torch.randn(6, 50, device=device)
+    for x in storage[:, :40], storage[:, 3:43], storage[::2, :40], storage[:1, :40].expand(9, 40):
+        assert launch._rows(x, 40).data_ptr() == x.data_ptr()
+
+
+def test_offsets_beyond_2_to_the_31(device):
+    """Two rows further apart than 2^31 elements; only their pages of the storage are ever touched."""
+    torch.use_deterministic_algorithms(False)  # or all of the storage would be filled
+    stride = (1 << 31) + 64
+    x = torch.empty(stride + 16, dtype=torch.bfloat16, device=device).as_strided((2, 16), (stride, 1))
+    x.copy_(torch.randn(2, 16, device=device))
+    problem = Problem(device, (2,), 16, "token", dtype=torch.bfloat16)
+    packed = [torch.clone(problem.x.copy_(x))] and [*problem.forward(), *problem.backward()]
+    problem.x = x
+    for a, b in zip(packed, [*problem.forward(), *problem.backward()], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("noise", MODES)
+def test_same_bits_twice(device, noise):
+    problem = Problem(device, (5, 3), 40, noise)
+    first = [*problem.forward(), *problem.backward()]
+    second = [*problem.forward(), *problem.backward()]
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [33, 64, 1004])
+def test_a_row_does_not_depend_on_its_batch(device, n):
+    """One row alone and inside 10,000: the same bits, wherever it lies in memory."""
+    problem = Problem(device, (10_000,), n, "batch", dtype=torch.bfloat16)
+    y, dx = problem.forward()[0], problem.backward()[0]
+    whole_x, whole_dy = problem.x, problem.dy
+    for row in 0, 1, 4_999, 9_999:
+        problem.x, problem.dy = whole_x[row : row + 1], whole_dy[row : row + 1]
+        problem.x, problem.dy = problem.x.expand(2, n), problem.dy.expand(2, n)  # one row alone would be a draw of its own
+        assert torch.equal(problem.forward()[0][0], y[row])
+        assert torch.equal(problem.backward()[0][0], dx[row])
+
+
+def test_zero_deviation_at_the_mean(device):
+    """xhat = 0, no shift, merged draws: the square root's derivative must not be infinite."""
+    problem = Problem(device, (3,), 16, "token", bias=False)
+    problem.x[1] = 2.5  # xhat = 0 throughout
+    assert torch.equal(problem.forward()[0][1], torch.zeros_like(problem.x[1]))
+    for gradient in problem.backward():
+        assert gradient is None or gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("rho", [-200.0, -90.0, -41.0, -39.0, 0.0, 30.0])
+def test_extreme_deviations(device, rho):
+    """KL and its gradient where softplus underflows and where it is the identity, against fp64."""
+    problem = Problem(device, (0,), 24, "none")
+    problem.parameters[2].fill_(rho)
+    results = [*problem.forward(), *problem.backward()]
+    exact = problem.specification(torch.float64)
+    assert results[1].item() == pytest.approx(exact[1].item(), rel=1e-6)
+    assert torch.allclose(results[5].cpu().double(), exact[5], rtol=1e-5, atol=0)
