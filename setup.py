@@ -10,7 +10,7 @@ DEMO = ["scikit-learn", "matplotlib"]
 setup(
     name="klnorm",
     version=run_path("klnorm/versions.py")["__version__"],
-    description="KL-regularized LayerNorm and RMSNorm for PyTorch, as fused Triton kernels",
+    description="KL-regularized LayerNorm for PyTorch, as fused Triton kernels",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The klnorm developers",

@@ -109,7 +109,7 @@ def backward_kernel(
         sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
         last = tl.minimum(stop, (draw + 1) * rows_per_draw)
         for top in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
-            position = top + tl.arange(0, BLOCK_M)[:, None]
+            position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
             row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
             xhat, dy, dxhat, u, rstd = _tile_gradients(
                 x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,
@@ -150,7 +150,7 @@ def backward_wide_kernel(
             shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
             gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
-                position = top + tl.arange(0, BLOCK_M)[:, None]
+                position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
                     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,
@@ -173,7 +173,7 @@ def backward_wide_kernel(
             sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
-                position = top + tl.arange(0, BLOCK_M)[:, None]
+                position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
                     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,

@@ -20,10 +20,16 @@ def _store_kl(
     for first_col in range(0, N, BLOCK_N):
         cols = first_col + tl.arange(0, BLOCK_N)[None, :]
         mask = cols < N
-        weight, rho = load_parameter(weight_ptr, cols, mask, 0.0, ACC), load_parameter(weight_rho_ptr, cols, mask, 0.0, ACC)
+        weight, rho = (
+            load_parameter(weight_ptr, cols, mask, 0.0, ACC),
+            load_parameter(weight_rho_ptr, cols, mask, 0.0, ACC),
+        )
         terms = kl_terms(weight, rho, load_parameter(weight_prior_ptr, cols, mask, weight_prior, ACC), prior_std)
         if bias_ptr is not None:
-            bias, rho = load_parameter(bias_ptr, cols, mask, 0.0, ACC), load_parameter(bias_rho_ptr, cols, mask, 0.0, ACC)
+            bias, rho = (
+                load_parameter(bias_ptr, cols, mask, 0.0, ACC),
+                load_parameter(bias_rho_ptr, cols, mask, 0.0, ACC),
+            )
             terms += kl_terms(bias, rho, load_parameter(bias_prior_ptr, cols, mask, bias_prior, ACC), prior_std)
         total += tl.where(mask, terms, 0.0)
     tl.store(kl_ptr, tl.sum(total))
@@ -64,7 +70,10 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     cols = tl.arange(0, BLOCK_N)[None, :]
     col_mask = cols < N
-    weight, bias = load_parameter(weight_ptr, cols, col_mask, 0.0, ACC), load_parameter(bias_ptr, cols, col_mask, 0.0, ACC)
+    weight, bias = (
+        load_parameter(weight_ptr, cols, col_mask, 0.0, ACC),
+        load_parameter(bias_ptr, cols, col_mask, 0.0, ACC),
+    )
     scale_std = load_std(weight_rho_ptr, cols, col_mask, NOISE, ACC)
     shift_std = load_std(bias_rho_ptr, cols, col_mask, NOISE, ACC)
     k0, k1 = load_key(seed_ptr)
@@ -77,7 +86,7 @@ def forward_kernel(
             beta = sample(bias, shift_std, k0, k1, draw, 0, SHIFT_STREAM, NOISE, BLOCK_N, FAST)
         last = tl.minimum(stop, (draw + 1) * rows_per_draw)
         for first in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
-            position = first + tl.arange(0, BLOCK_M)[:, None]
+            position = (first + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
             row_mask = position < last
             row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
             mask = row_mask & col_mask
@@ -118,16 +127,21 @@ def forward_wide_kernel(
         first = tl.maximum(start, draw * rows_per_draw)
         last = tl.minimum(stop, (draw + 1) * rows_per_draw)
         for top in range(first, last, BLOCK_M):
-            position = top + tl.arange(0, BLOCK_M)[:, None]
+            position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
             row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
-            mean, rstd = _wide_statistics(x_ptr, row, position < last, x_stride, eps, N, VEC, BLOCK_M, BLOCK_N, STAGES, ACC)
+            mean, rstd = _wide_statistics(
+                x_ptr, row, position < last, x_stride, eps, N, VEC, BLOCK_M, BLOCK_N, STAGES, ACC
+            )
             tl.store(mean_ptr + row, mean, position < last)
             tl.store(rstd_ptr + row, rstd, position < last)
         tl.debug_barrier()  # one thread stored what all threads load below
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
             col_mask = cols < N
-            weight, bias = load_parameter(weight_ptr, cols, col_mask, 0.0, ACC), load_parameter(bias_ptr, cols, col_mask, 0.0, ACC)
+            weight, bias = (
+                load_parameter(weight_ptr, cols, col_mask, 0.0, ACC),
+                load_parameter(bias_ptr, cols, col_mask, 0.0, ACC),
+            )
             scale_std = load_std(weight_rho_ptr, cols, col_mask, NOISE, ACC)
             shift_std = load_std(bias_rho_ptr, cols, col_mask, NOISE, ACC)
             gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
@@ -135,7 +149,7 @@ def forward_wide_kernel(
             if HAS_BIAS:
                 beta = sample(bias, shift_std, k0, k1, draw, first_col, SHIFT_STREAM, NOISE, BLOCK_N, FAST)
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
-                position = top + tl.arange(0, BLOCK_M)[:, None]
+                position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
                 mask = (position < last) & col_mask
                 x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(ACC)

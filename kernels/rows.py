@@ -50,4 +50,6 @@ def tile_at(ptr, row, stride, cols, VEC: tl.constexpr):
     The hint makes vector width, and with it the order of a row's sums, depend on VEC alone: Triton's own guess would
     look at the alignment of the base pointer, so a row could differ in its last bit with its place in memory.
     """
-    return tl.multiple_of(ptr + (row * (stride * VEC) + cols), (1, VEC * (ptr.dtype.element_ty.primitive_bitwidth // 8)))
+    return tl.multiple_of(
+        ptr + (row * stride * VEC + cols), (1, VEC * (ptr.dtype.element_ty.primitive_bitwidth // 8))
+    )

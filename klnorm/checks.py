@@ -15,7 +15,9 @@ def check_config(prior_std, eps, noise):
     check_positive("prior_std", prior_std)
     check_positive("eps", eps)
     if noise not in NOISES:
-        raise ValueError(f"noise is {noise!r}, expected one of {', '.join(map(repr, NOISES))}: the rows that share a draw.")
+        raise ValueError(
+            f"noise is {noise!r}, expected one of {', '.join(map(repr, NOISES))}: the rows that share a draw."
+        )
 
 
 def as_shape(normalized_shape):
@@ -50,7 +52,9 @@ def check_parameters(x, shape, weight, bias, weight_rho, bias_rho):
     """Raise unless the posterior's parameters fit each other and `x`."""
     if (bias is None) != (bias_rho is None):
         given, missing = ("bias_rho", "bias") if bias is None else ("bias", "bias_rho")
-        raise ValueError(f"{missing} is None but {given} is not, expected both or neither. Remedy: pass {missing} as well.")
+        raise ValueError(
+            f"{missing} is None but {given} is not, expected both or neither. Remedy: pass {missing} as well."
+        )
     _check_like("weight", weight, x, shape)
     for name, parameter in ("bias", bias), ("weight_rho", weight_rho), ("bias_rho", bias_rho):
         if parameter is None and name != "weight_rho":
@@ -92,7 +96,9 @@ def resolve_sample_dim(x, n_normalized, sample_dim):
 def check_seed(seed, x):
     """Raise unless `seed` is an int64 tensor of one element on the device of `x`."""
     if not isinstance(seed, torch.Tensor):
-        raise TypeError(f"seed is a {type(seed).__name__}, expected an int64 tensor. Remedy: torch.tensor([seed], device=x.device).")
+        raise TypeError(
+            f"seed is a {type(seed).__name__}, expected an int64 tensor. Remedy: torch.tensor([seed], device=x.device)."
+        )
     if seed.dtype != torch.int64:
         raise TypeError(f"seed has dtype {seed.dtype}, expected torch.int64. Remedy: seed.long().")
     if seed.numel() != 1:
@@ -145,11 +151,15 @@ def _check_like(name, parameter, x, shape):
     if not isinstance(parameter, torch.Tensor):
         raise TypeError(f"{name} is a {type(parameter).__name__}, expected a tensor of shape {shape}.")
     if parameter.dtype not in _FLOATS:
-        raise TypeError(f"{name} has dtype {parameter.dtype}, expected one of {_names(_FLOATS)}. Remedy: {name}.float().")
+        raise TypeError(
+            f"{name} has dtype {parameter.dtype}, expected one of {_names(_FLOATS)}. Remedy: {name}.float()."
+        )
     if parameter.shape != shape:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected normalized_shape {shape}.")
     if parameter.device != x.device:
-        raise ValueError(f"{name} is on {parameter.device}, expected {x.device}, where x is. Remedy: {name}.to(x.device).")
+        raise ValueError(
+            f"{name} is on {parameter.device}, expected {x.device}, where x is. Remedy: {name}.to(x.device)."
+        )
 
 
 def _names(dtypes):

@@ -29,9 +29,10 @@ def forward(
     rstd = torch.rsqrt((centred**2).mean(1) + eps)
     noise = noise_mode(seed, len(rows), draws)
     xhat = _by_draw(centred * rstd[:, None], noise, draws, inner)
-    y = xhat * _sample(w, w_rho, seed, SCALE_STREAM, noise, draws)
+    eps = _shared_normals(seed, noise, draws, w, b)
+    y = xhat * _sample(w, w_rho, eps, SCALE_STREAM)
     if b is not None:
-        y += _sample(b, b_rho, seed, SHIFT_STREAM, noise, draws)
+        y += _sample(b, b_rho, eps, SHIFT_STREAM)
     if noise == "merged":
         y += _merged_variance(xhat, w_rho, b_rho).sqrt() * _merged_normals(seed, xhat)
     return y.reshape(x.shape).to(x.dtype), kl, mean, rstd
@@ -53,12 +54,13 @@ def backward(
         n = w.numel()
         xhat = _by_draw((x.reshape(-1, n).to(acc) - mean[:, None]) * rstd[:, None], noise, draws, inner)
         g = _by_draw(dy.reshape(-1, n).to(acc), noise, draws, inner)
-        dxhat = g * _sample(w, w_rho, seed, SCALE_STREAM, noise, draws)
+        eps = _shared_normals(seed, noise, draws, w, b)
+        dxhat = g * _sample(w, w_rho, eps, SCALE_STREAM)
         dw_by_draw, db_by_draw = (g * xhat).sum((0, 2)), g.sum((0, 2))
         dw, db = dw_by_draw.sum(0), db_by_draw.sum(0)
         if noise == "shared":
-            ds = (dw_by_draw * _shared_normals(seed, draws, n, SCALE_STREAM)).sum(0)
-            dt = (db_by_draw * _shared_normals(seed, draws, n, SHIFT_STREAM)).sum(0)
+            ds = (dw_by_draw * eps[SCALE_STREAM]).sum(0)
+            dt = dt if b is None else (db_by_draw * eps[SHIFT_STREAM]).sum(0)
         elif noise == "merged":
             s = F.softplus(w_rho)
             variance = _merged_variance(xhat, w_rho, b_rho)
@@ -81,7 +83,7 @@ def backward(
 
 
 def noise_mode(seed, n_rows, draws):
-    """"none" (evaluation), "merged" (every row its own draw) or "shared"."""
+    """ "none" (evaluation), "merged" (every row its own draw) or "shared"."""
     if seed is None:
         return "none"
     return "merged" if draws == n_rows else "shared"
@@ -98,15 +100,19 @@ def _by_draw(rows, noise, draws, inner):
     return rows.view(-1 if len(rows) else 1, draws, inner, rows.shape[1])
 
 
-def _sample(mean, rho, seed, stream, noise, draws):
-    """Scale or shift (draws, 1, N) of every draw; the mean (N,) where no draw is shared."""
+def _shared_normals(seed, noise, draws, w, b):
+    """Normals (1 or 2, draws, N) of scale and, if there is one, shift, from one call; None where no draw is shared."""
     if noise != "shared":
-        return mean
-    return (mean + F.softplus(rho) * _shared_normals(seed, draws, len(mean), stream))[:, None]
+        return None
+    streams = 1 if b is None else 2
+    stream = torch.arange(streams).repeat_interleave(draws)[:, None]
+    eps = normals(seed, torch.arange(draws).repeat(streams), len(w), stream)
+    return eps.view(streams, draws, len(w)).to(w.dtype)
 
 
-def _shared_normals(seed, draws, n, stream):
-    return normals(seed, torch.arange(draws), n, stream)
+def _sample(mean, rho, eps, stream):
+    """Scale or shift (draws, 1, N) of every draw; the mean (N,) where no draw is shared."""
+    return mean if eps is None else (mean + F.softplus(rho) * eps[stream])[:, None]
 
 
 def _merged_normals(seed, xhat):

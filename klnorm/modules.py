@@ -119,7 +119,9 @@ class KLLayerNorm(nn.LayerNorm):
         return y
 
     def _evaluate(self, x):
-        native = x.dtype == self.weight.dtype and (x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type))
+        native = x.dtype == self.weight.dtype and (
+            x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)
+        )
         if native:
             return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return self._normalize(x, sample=False)[0]  # nn.LayerNorm would refuse the mixed dtypes, or return fp32
@@ -146,7 +148,9 @@ class KLLayerNorm(nn.LayerNorm):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Also accept the state of an nn.LayerNorm: the loaded values become means and prior means, rho stays."""
-        if f"{prefix}weight" in state_dict and not any(f"{prefix}{key}" in state_dict for key in ("weight_rho", "weight_prior")):
+        if f"{prefix}weight" in state_dict and not any(
+            f"{prefix}{key}" in state_dict for key in ("weight_rho", "weight_prior")
+        ):
             state_dict = dict(state_dict)
             for name in "weight", "bias":
                 if f"{prefix}{name}" in state_dict and getattr(self, f"{name}_rho") is not None:
@@ -155,10 +159,7 @@ class KLLayerNorm(nn.LayerNorm):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self):
-        return (
-            f"{super().extra_repr()}, noise={self.noise!r}, sample_dim={self.sample_dim}, "
-            f"prior_std={self.prior_std}"
-        )
+        return f"{super().extra_repr()}, noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
 
 
 def _closed_form(mean, rho, prior, prior_std):

@@ -12,9 +12,12 @@ Arguments of the operators, in order:
 Forward returns y (as x), kl (scalar, nats), mean and rstd (M,), the latter three in fp32, or fp64 for fp64 `x`.
 """
 
+import functools
+
 import torch
 
 from . import cpu
+from .versions import require_triton
 
 _FORWARD = """layer_norm_forward(
     Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor? bias_prior,
@@ -38,22 +41,19 @@ def _filled(gradients, like):
     return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
-def _forward_cuda(*args):
-    from . import launch  # imports triton, which a CPU-only machine may not have
-
-    return launch.forward(*args)
-
-
-def _backward_cuda(*args):
+@functools.cache
+def _launch():
+    """The module of the kernels, imported when a CUDA tensor comes: it needs triton, which a CPU machine may not have."""
+    require_triton()
     from . import launch
 
-    return _filled(launch.backward(*args), args[2])
+    return launch
 
 
 _library.impl("layer_norm_forward", cpu.forward, "CPU")
-_library.impl("layer_norm_forward", _forward_cuda, "CUDA")
+_library.impl("layer_norm_forward", lambda *args: _launch().forward(*args), "CUDA")
 _library.impl("layer_norm_backward", lambda *args: _filled(cpu.backward(*args), args[2]), "CPU")
-_library.impl("layer_norm_backward", _backward_cuda, "CUDA")
+_library.impl("layer_norm_backward", lambda *args: _filled(_launch().backward(*args), args[2]), "CUDA")
 
 
 @torch.library.register_fake("klnorm::layer_norm_forward", lib=_library)

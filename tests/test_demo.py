@@ -16,26 +16,24 @@ from klnorm import demo_report as report
 SEEDS, STEPS = 2, 25
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Results, printed text and picture of one run through main()."""
-    path = tmp_path_factory.mktemp("demo") / "new" / "picture.png"
-    threads = torch.get_num_threads()
-    text = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.stdout", text)
-        results = demo.main(["--seeds", str(SEEDS), "--steps", str(STEPS), "--output", str(path), "--device", "cpu"])
-    torch.set_num_threads(threads)
-    return results, text.getvalue(), path
-
-
-@pytest.fixture
-def one_thread():
-    """The thread count of the demo, so that sums have its order."""
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The thread count that main() sets, so that sums have its order; and back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Results, printed text and picture of one run through main()."""
+    path = tmp_path_factory.mktemp("demo") / "new" / "picture.png"
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", text)
+        results = demo.main(["--seeds", str(SEEDS), "--steps", str(STEPS), "--output", str(path), "--device", "cpu"])
+    return results, text.getvalue(), path
 
 
 def test_learns_in_every_column(finished):
@@ -61,7 +59,7 @@ def test_draws_differ_from_means_and_deviations_move(finished):
             assert shift_std > 1.1 * demo.INIT_STD
 
 
-def test_same_seed_same_numbers(finished, one_thread):
+def test_same_seed_same_numbers(finished):
     results, _, _ = finished
     images, labels = demo.load_images("cpu")
     again = demo.run_seed(1, STEPS, images, labels, report.Progress(2 * STEPS, io.StringIO()))
@@ -168,9 +166,9 @@ def test_calibration_error_by_hand(confidences, labels, expected):
 
 
 def test_reliability_bins_are_closed_above():
-    count, confidence, correct = report.reliability(of_confidence(0.5, 0.75, 1.0), torch.tensor([0, 0, 1]), bins=4)
+    count, confidence, correct = report.reliability(of_confidence(0.5, 0.625, 1.0), torch.tensor([0, 0, 1]), bins=4)
     assert count.tolist() == [0, 1, 1, 1]
-    assert confidence[1:].tolist() == [0.5, 0.75, 1.0]
+    assert confidence[1:].tolist() == [0.5, 0.625, 1.0]
     assert correct[1:].tolist() == [1.0, 0.0, 1.0]  # the tie of the first goes to class 0
     assert confidence[0].isnan()
 

@@ -14,7 +14,9 @@ DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 RHO_OF_ONE = math.log(math.e - 1)  # softplus of it is 1
 
 
-def make(device="cpu", leading=(3, 4), shape=(N,), dtype=torch.float64, parameter_dtype=None, bias=True, requires_grad=False):
+def make(
+    device="cpu", leading=(3, 4), shape=(N,), dtype=torch.float64, parameter_dtype=None, bias=True, requires_grad=False
+):
     """x and the parameters by name, random."""
 
     def random(size, dtype, centre=0.0):
@@ -80,6 +82,7 @@ def _not_finite(value, at):
     return rho
 
 
+FIRST = "such value(s), the first at index"
 BAD = [
     # argument, value, exception, and the argument, what came and what was expected, as the message must say them
     ("x", [1.0] * N, TypeError, "x is a list", "torch.Tensor"),
@@ -110,14 +113,14 @@ BAD = [
     ("weight_rho", torch.zeros(()), ValueError, "weight_rho has shape ()", "(6,)"),
     ("weight_rho", torch.zeros(N).half(), TypeError, "weight_rho has dtype torch.float16", "weight's torch.float32"),
     ("weight_rho", _meta(N), ValueError, "weight_rho is on meta", "cpu"),
-    ("weight_rho", _not_finite(math.nan, 4), ValueError, "KL divergence is nan", "weight_rho has 1 such value(s), the first at index 4"),
-    ("weight_rho", _not_finite(math.inf, 2), ValueError, "KL divergence is nan", "weight_rho has 1 such value(s), the first at index 2"),
-    ("weight_rho", _not_finite(-math.inf, 0), ValueError, "KL divergence is inf", "weight_rho has 1 such value(s), the first at index 0"),
+    ("weight_rho", _not_finite(math.nan, 4), ValueError, "divergence is nan", f"weight_rho has 1 {FIRST} 4"),
+    ("weight_rho", _not_finite(math.inf, 2), ValueError, "divergence is nan", f"weight_rho has 1 {FIRST} 2"),
+    ("weight_rho", _not_finite(-math.inf, 0), ValueError, "divergence is inf", f"weight_rho has 1 {FIRST} 0"),
     ("bias_rho", None, ValueError, "bias_rho is None but bias is not", "both or neither"),
     ("bias_rho", torch.zeros(5), ValueError, "bias_rho has shape (5,)", "(6,)"),
     ("bias_rho", torch.zeros(N).bfloat16(), TypeError, "bias_rho has dtype torch.bfloat16", "weight's torch.float32"),
     ("bias_rho", _meta(N), ValueError, "bias_rho is on meta", "cpu"),
-    ("bias_rho", torch.full((N,), math.nan), ValueError, "KL divergence is nan", "bias_rho has 6 such value(s), the first at index 0"),
+    ("bias_rho", torch.full((N,), math.nan), ValueError, "divergence is nan", f"bias_rho has 6 {FIRST} 0"),
     ("weight_prior", None, TypeError, "weight_prior is a NoneType", "float or a tensor of shape (6,)"),
     ("weight_prior", "1", TypeError, "weight_prior is a str", "float or a tensor of shape (6,)"),
     ("weight_prior", math.nan, ValueError, "weight_prior is nan", "finite"),
@@ -248,7 +251,9 @@ def test_every_dtype_computes_in_fp32_and_rounds_once(device, noise, dtype, para
     options["noise"] = noise if noise != "none" else "batch"
     dy, dkl = torch.randn_like(tensors["x"]), torch.randn((), dtype=kl_dtype, device=device)
     y, kl, grads = gradients(tensors, dy, dkl, **options)
-    y_expected, kl_expected, grads_expected = gradients(double(tensors), dy.double(), dkl.double(), reference, **options)
+    y_expected, kl_expected, grads_expected = gradients(
+        double(tensors), dy.double(), dkl.double(), reference, **options
+    )
     assert y.dtype == dtype
     assert kl.dtype == kl_dtype
     assert_rounded_once(y, y_expected)
@@ -356,7 +361,9 @@ def test_expanded_parameters_and_cotangent(device):
     scalars = list(tensors.values())[1:]
     close = {"rtol": noise_error(device), "atol": noise_error(device)}
     torch.testing.assert_close(
-        torch.autograd.grad(y.sum() + kl, scalars), torch.autograd.grad(y_expected.sum() + kl_expected, scalars), **close
+        torch.autograd.grad(y.sum() + kl, scalars),
+        torch.autograd.grad(y_expected.sum() + kl_expected, scalars),
+        **close,
     )
 
 
@@ -399,10 +406,9 @@ def test_negative_sample_dim_counts_from_the_end(device, negative, positive):
 def test_priors_as_tensors_and_as_floats(device):
     tensors = make(device)
     as_float = call(tensors, weight_prior=0.3, bias_prior=-2, sample=False)[1]
-    as_tensor = call(
-        tensors, weight_prior=torch.full_like(tensors["weight"], 0.3), bias_prior=torch.full_like(tensors["bias"], -2.0), sample=False
-    )[1]  # fmt: skip
-    mixed = call(tensors, weight_prior=torch.full_like(tensors["weight"], 0.3), bias_prior=-2, sample=False)[1]
+    weight_prior, bias_prior = torch.full_like(tensors["weight"], 0.3), torch.full_like(tensors["bias"], -2.0)
+    as_tensor = call(tensors, weight_prior=weight_prior, bias_prior=bias_prior, sample=False)[1]
+    mixed = call(tensors, weight_prior=weight_prior, bias_prior=-2, sample=False)[1]
     torch.testing.assert_close(as_float, as_tensor, rtol=1e-14, atol=0)
     torch.testing.assert_close(as_float, mixed, rtol=1e-14, atol=0)
     swapped = call(tensors, weight_prior=-2, bias_prior=0.3, sample=False)[1]
@@ -531,7 +537,10 @@ def test_shared_and_merged_noise_have_the_law_of_the_model(device, noise, bias):
     tensors["x"] = x.expand(draws, 2, N)
     y, _ = call(tensors, noise=noise, seed=seed_of(2**50 + 1, device))
     xhat = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, correction=0, keepdim=True) + 1e-5)
-    s, t = (torch.nn.functional.softplus(rho) if rho is not None else 0 for rho in (tensors["weight_rho"], tensors["bias_rho"]))
+    s, t = (
+        torch.nn.functional.softplus(rho) if rho is not None else 0
+        for rho in (tensors["weight_rho"], tensors["bias_rho"])
+    )
     mean = tensors["weight"] * xhat + (tensors["bias"] if bias else 0)
     z = (y - mean) / torch.sqrt(s**2 * xhat**2 + t**2)
     # five standard errors of a mean and of a variance of that many standard normals

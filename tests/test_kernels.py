@@ -25,7 +25,9 @@ def multiprocessors(request, monkeypatch):
 class Problem:
     """Random inputs and cotangents for one call, on `device`."""
 
-    def __init__(self, device, leading, n, noise, sample_dim=0, *, bias=True, dtype=torch.float32, param_dtype=None, priors=True):
+    def __init__(
+        self, device, leading, n, noise, sample_dim=0, *, bias=True, dtype=torch.float32, param_dtype=None, priors=True
+    ):
         generator = torch.Generator().manual_seed(sum(leading) * 31 + n)
 
         def randn(*shape, dtype=dtype):
@@ -49,7 +51,15 @@ class Problem:
     def forward(self):
         """[y, kl] of the kernels; keeps the row statistics for backward."""
         y, kl, *self.statistics = launch.forward(
-            self.x, *self.parameters, *self.prior_tensors, self.seed, *self.prior_values, PRIOR_STD, EPS, self.draws, self.inner
+            self.x,
+            *self.parameters,
+            *self.prior_tensors,
+            self.seed,
+            *self.prior_values,
+            PRIOR_STD,
+            EPS,
+            self.draws,
+            self.inner,
         )
         return [y, kl]
 
@@ -64,7 +74,9 @@ class Problem:
 
     def specification(self, dtype):
         """The same seven tensors from autograd through the specification, computed in `dtype` on the CPU."""
-        x, *parameters = (None if t is None else t.detach().cpu().to(dtype).requires_grad_() for t in (self.x, *self.parameters))
+        x, *parameters = (
+            None if t is None else t.detach().cpu().to(dtype).requires_grad_() for t in (self.x, *self.parameters)
+        )
         weight_prior, bias_prior = (
             value if prior is None else prior.cpu().to(dtype)
             for prior, value in zip(self.prior_tensors, self.prior_values, strict=True)
@@ -116,7 +128,14 @@ def tolerance(dtype, exact, specification):
 @pytest.mark.parametrize("noise", MODES)
 @pytest.mark.parametrize(
     ("leading", "n", "bias"),
-    [((7, 3), 33, True), ((7, 3), 40, False), ((2, 5, 2), 96, True), ((13,), 1, False), ((1,), 200, True), ((1, 31), 8, True)],
+    [
+        ((7, 3), 33, True),
+        ((7, 3), 40, False),
+        ((2, 5, 2), 96, True),
+        ((13,), 1, False),
+        ((1,), 200, True),
+        ((1, 31), 8, True),
+    ],
 )
 def test_variants(device, monkeypatch, multiprocessors, leading, n, bias, noise):
     Problem(device, leading, n, noise, bias=bias).check(monkeypatch)
@@ -237,7 +256,8 @@ def test_offsets_beyond_2_to_the_31(device):
     x = torch.empty(stride + 16, dtype=torch.bfloat16, device=device).as_strided((2, 16), (stride, 1))
     x.copy_(torch.randn(2, 16, device=device))
     problem = Problem(device, (2,), 16, "token", dtype=torch.bfloat16)
-    packed = [torch.clone(problem.x.copy_(x))] and [*problem.forward(), *problem.backward()]
+    problem.x = x.clone(memory_format=torch.contiguous_format)
+    packed = [*problem.forward(), *problem.backward()]
     problem.x = x
     for a, b in zip(packed, [*problem.forward(), *problem.backward()], strict=True):
         assert torch.equal(a, b)
@@ -254,13 +274,17 @@ def test_same_bits_twice(device, noise):
 
 @pytest.mark.parametrize("n", [33, 64, 1004])
 def test_a_row_does_not_depend_on_its_batch(device, n):
-    """One row alone and inside 10,000: the same bits, wherever it lies in memory."""
-    problem = Problem(device, (10_000,), n, "batch", dtype=torch.bfloat16)
+    """One row alone and inside 10,000 (500 wider ones in the interpreter): the same bits, wherever it lies in memory."""
+    rows = 10_000 if n == 64 or device.type == "cuda" else 500
+    problem = Problem(device, (rows,), n, "batch", dtype=torch.bfloat16)
     y, dx = problem.forward()[0], problem.backward()[0]
     whole_x, whole_dy = problem.x, problem.dy
-    for row in 0, 1, 4_999, 9_999:
+    for row in 0, 1, rows // 2 - 1, rows - 1:
         problem.x, problem.dy = whole_x[row : row + 1], whole_dy[row : row + 1]
-        problem.x, problem.dy = problem.x.expand(2, n), problem.dy.expand(2, n)  # one row alone would be a draw of its own
+        problem.x, problem.dy = (
+            problem.x.expand(2, n),
+            problem.dy.expand(2, n),
+        )  # one row alone would be a draw of its own
         assert torch.equal(problem.forward()[0][0], y[row])
         assert torch.equal(problem.backward()[0][0], dx[row])
 

@@ -189,7 +189,9 @@ def test_all_four_parameters_and_the_input_receive_gradients(device, noise):
     assert all(not buffer.requires_grad for buffer in layer.buffers())
 
 
-@pytest.mark.parametrize("frozen", [("x",), ("weight",), ("weight_rho", "bias_rho"), PARAMETERS, ("x", "bias", "weight")])
+@pytest.mark.parametrize(
+    "frozen", [("x",), ("weight",), ("weight_rho", "bias_rho"), PARAMETERS, ("x", "bias", "weight")]
+)
 def test_frozen_parts_get_no_gradient_and_the_others_the_same_one(device, frozen):
     layer, dy = trained(device), torch.randn(3, 4, N, device=device)
     x = torch.randn(3, 4, N, device=device, requires_grad=True)
@@ -275,7 +277,9 @@ def test_evaluation_gives_gradients_to_the_means(device):
 # Copies and moves
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("own_generator", [False, True])
 def test_copies_are_equal_and_independent_even_while_a_graph_is_alive(device, duplicate, own_generator):
     generator = torch.Generator(device).manual_seed(5) if own_generator else None
@@ -441,9 +445,9 @@ def test_only_the_state_of_a_plain_layer_is_filled_in(device, kept, missing):
 
 
 def test_an_unexpected_key_is_reported(device):
-    with pytest.raises(RuntimeError, match='Unexpected key.*"bias"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"bias"'):
         trained(device, bias=False).load_state_dict(plain_checkpoint(device))
-    with pytest.raises(RuntimeError, match='Unexpected key.*"gamma"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"gamma"'):
         trained(device).load_state_dict({**plain_checkpoint(device), "gamma": torch.zeros(N)})
 
 

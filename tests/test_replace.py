@@ -25,7 +25,9 @@ def norms(model, kind=nn.LayerNorm):
 
 
 def small_model(device="cpu", **options):
-    model = nn.Sequential(nn.Linear(4, N), nn.LayerNorm(N, **options), nn.ModuleDict({"norm": nn.LayerNorm((2, 4), **options)}))
+    model = nn.Sequential(
+        nn.Linear(4, N), nn.LayerNorm(N, **options), nn.ModuleDict({"norm": nn.LayerNorm((2, 4), **options)})
+    )
     return scrambled(model.to(device))
 
 
@@ -39,7 +41,12 @@ def encoder(device="cpu", **options):
 def snapshot(model):
     """Everything about the modules of a model that a failed call must leave as it was."""
     return [
-        (name, type(module), dict(vars(module)), *(list(vars(module)[key].items()) for key in ("_parameters", "_buffers")))
+        (
+            name,
+            type(module),
+            dict(vars(module)),
+            *(list(vars(module)[key].items()) for key in ("_parameters", "_buffers")),
+        )
         for name, module in model.named_modules()
     ]
 
@@ -251,7 +258,9 @@ def test_evaluation_of_a_transformer_encoder_is_unchanged_bit_for_bit(device, gr
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or fast(*args))
     model = encoder(device, norm_first=norm_first, activation="gelu").eval()
     x = torch.randn(3, 5, N, device=device)
-    padding = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 2 + [True] * 3], device=device) if masked else None
+    padding = (
+        torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 2 + [True] * 3], device=device) if masked else None
+    )
     with torch.set_grad_enabled(grad):
         before = model(x, src_key_padding_mask=padding)
         after = replace_layer_norm(model)(x, src_key_padding_mask=padding)

@@ -1,7 +1,7 @@
 """KL-Norm in the symbols of its definition. Every function here is differentiable by autograd.
 
-    posterior  gamma_j ~ N(weight_j, s_j^2), s = softplus(weight_rho);   beta_j ~ N(bias_j, t_j^2), t = softplus(bias_rho)
-    prior      gamma_j ~ N(weight_prior_j, p^2);                         beta_j ~ N(bias_prior_j, p^2)
+posterior  gamma_j ~ N(weight_j, s_j^2), s = softplus(weight_rho);   beta_j ~ N(bias_j, t_j^2), t = softplus(bias_rho)
+prior      gamma_j ~ N(weight_prior_j, p^2);                         beta_j ~ N(bias_prior_j, p^2)
 """
 
 import math

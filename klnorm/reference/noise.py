@@ -44,7 +44,7 @@ def normals(seed, draw, feature, stream):
         seed: int64 tensor of one element.
         draw: int64 tensor (D,), each in [0, 2^32).
         feature: number N of features, for features 0 .. N - 1; or an int64 tensor (N,) in [0, 2^35).
-        stream: SCALE_STREAM, SHIFT_STREAM or MERGED_STREAM.
+        stream: SCALE_STREAM, SHIFT_STREAM or MERGED_STREAM; or a tensor (D, 1) of them.
 
     Returns:
         fp32 tensor (D, N) on the device of `seed`; element (d, j) depends on (seed, draw[d], feature[j], stream) alone.
@@ -58,7 +58,7 @@ def normals(seed, draw, feature, stream):
 
 def _normals_by_eight(seed, draw, eights, stream):
     """Normals (D, 8 * len(eights)) of features 8 * e .. 8 * e + 7 for every e: one Philox call per eight."""
-    key = seed & _MASK, (seed >> 32) & _MASK
+    key = seed.item() & _MASK, (seed.item() >> 32) & _MASK
     zero = torch.zeros_like(eights)
     words = torch.stack(philox4x32((eights, draw[:, None], zero + stream, zero), key), dim=-1)
     return torch.stack(normal_pair(words), dim=-1).flatten(1).float()
