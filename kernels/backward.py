@@ -64,7 +64,7 @@ def _store_sums(
     NOISE: tl.constexpr, SPAN: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr,
     BLOCK_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Write the column sums of a draw [BLOCK_M, BLOCK_N]; SPAN: a program has several draws and adds each with its noise."""
+    """Write the column sums [BLOCK_M, BLOCK_N] of a draw; SPAN: a program adds up draws, each with its noise."""
     slot = tl.num_programs(0).to(tl.int64) * N
     own_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * N
     sum_w = tl.sum(sum_w, axis=0, keep_dims=True)
@@ -135,7 +135,7 @@ def backward_wide_kernel(
     NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of any width, in pieces of BLOCK_N: first the row sums [n_rows, 2] of the run, then dx and the column sums."""
+    """Rows of any width, in pieces of BLOCK_N: first the run's row sums [n_rows, 2], then dx and the column sums."""
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
     k0, k1 = load_key(seed_ptr)

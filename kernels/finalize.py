@@ -59,10 +59,12 @@ def _store_gradients(
 
 @triton.jit
 def finalize_kernel(
-    partial_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr, dkl_ptr,
+    partial_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
+    dkl_ptr,
     dweight_ptr, dbias_ptr, dweight_rho_ptr, dbias_rho_ptr,
     n_programs, runs_per_group,
-    weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, FAST: tl.constexpr,
+    weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program i owns features i * BLOCK_N + (0 .. BLOCK_N - 1) of all parameters."""

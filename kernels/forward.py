@@ -12,7 +12,8 @@ from .rows import draws_of, load_parameter, row_at, run_of, tile_at
 def _store_kl(
     weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr,
     kl_ptr,
-    weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """KL divergence of all N scales and shifts, summed in a fixed order."""
     ACC: tl.constexpr = kl_ptr.dtype.element_ty
@@ -59,7 +60,7 @@ def forward_kernel(
     NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of at most BLOCK_N features, whole in registers. Program 0 owns the KL, program 1 + i the i-th run of rows."""
+    """Rows of at most BLOCK_N features, whole in registers. Program 0 owns the KL, program 1 + i the run i of rows."""
     if tl.program_id(0) == 0:
         _store_kl(
             weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, kl_ptr,
@@ -111,7 +112,7 @@ def forward_wide_kernel(
     NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of any width, in pieces of BLOCK_N: the statistics of the run's rows first, then y one piece of columns at a time."""
+    """Rows of any width, in pieces of BLOCK_N: the statistics of the run's rows first, then y piece by piece."""
     if tl.program_id(0) == 0:
         _store_kl(
             weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, kl_ptr,
@@ -168,7 +169,7 @@ def _wide_statistics(
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / sqrt(var + eps) of rows [BLOCK_M, 1] wider than a tile: those of the pieces, merged (Chan et al., 1983)."""
+    """Mean and 1 / sqrt(var + eps) of wide rows [BLOCK_M, 1]: those of their pieces, merged (Chan et al., 1983)."""
     mean, squares = tl.zeros((BLOCK_M, 1), ACC), tl.zeros((BLOCK_M, 1), ACC)
     for first_col in tl.range(0, N, BLOCK_N, num_stages=STAGES):
         cols = first_col + tl.arange(0, BLOCK_N)[None, :]

@@ -18,7 +18,7 @@ def run_of(program, run_rows, runs_per_group, group_rows):
 
 @triton.jit
 def draws_of(start, stop, rows_per_draw, SPAN: tl.constexpr):
-    """(first draw, number of draws) of a run; one unless SPAN, known at compile time to spare the registers of a loop."""
+    """(first draw, number of draws) of a run; one unless SPAN, known at compile time to spare a loop's registers."""
     if SPAN:
         return start // rows_per_draw, tl.cdiv(stop, rows_per_draw) - start // rows_per_draw
     else:
@@ -50,6 +50,4 @@ def tile_at(ptr, row, stride, cols, VEC: tl.constexpr):
     The hint makes vector width, and with it the order of a row's sums, depend on VEC alone: Triton's own guess would
     look at the alignment of the base pointer, so a row could differ in its last bit with its place in memory.
     """
-    return tl.multiple_of(
-        ptr + (row * stride * VEC + cols), (1, VEC * (ptr.dtype.element_ty.primitive_bitwidth // 8))
-    )
+    return tl.multiple_of(ptr + (row * stride * VEC + cols), (1, VEC * (ptr.dtype.element_ty.primitive_bitwidth // 8)))

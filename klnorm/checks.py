@@ -1,4 +1,4 @@
-"""What a caller may get wrong, and the message that says which argument, what came, what was expected and what to do."""
+"""What a caller may get wrong, and messages that say which argument, what came, what was expected, what to do."""
 
 import math
 from numbers import Real
@@ -62,7 +62,7 @@ def check_parameters(x, shape, weight, bias, weight_rho, bias_rho):
         _check_like(name, parameter, x, shape)
         if parameter.dtype != weight.dtype:
             raise TypeError(
-                f"{name} has dtype {parameter.dtype}, expected weight's {weight.dtype}: the parameters share one dtype. "
+                f"{name} has dtype {parameter.dtype}, expected weight's {weight.dtype}: all share one dtype. "
                 f"Remedy: {name}.to({weight.dtype})."
             )
 
@@ -87,8 +87,8 @@ def resolve_sample_dim(x, n_normalized, sample_dim):
     dim = sample_dim + x.dim() if sample_dim < 0 else sample_dim
     if not 0 <= dim < leading:
         raise ValueError(
-            f"sample_dim is {sample_dim}, expected 0 to {leading - 1}: a dimension of x, shape {tuple(x.shape)}, before the "
-            f"{n_normalized} normalized one(s). Remedy: name the dimension that counts samples."
+            f"sample_dim is {sample_dim}, expected 0 to {leading - 1}: a dimension of x, shape {tuple(x.shape)}, "
+            f"before the {n_normalized} normalized one(s). Remedy: name the dimension that counts samples."
         )
     return dim
 
@@ -115,7 +115,8 @@ def check_generator(generator, x):
         raise TypeError(f"generator is a {type(generator).__name__}, expected a torch.Generator or None.")
     if generator.device.type != x.device.type:
         raise ValueError(
-            f"generator is for {generator.device}, expected {x.device}, where x is. Remedy: torch.Generator(device=x.device)."
+            f"generator is for {generator.device}, expected {x.device}, where x is. "
+            "Remedy: torch.Generator(device=x.device)."
         )
 
 

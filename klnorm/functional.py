@@ -34,9 +34,10 @@ def kl_layer_norm(
         \beta_j \sim N(\mathrm{bias}_j, \mathrm{softplus}(\mathrm{bias\_rho}_j)^2)
 
     with the biased variance in :math:`\hat x`, and
-    :math:`\mathrm{kl} = \sum_j \mathrm{KL}(\gamma_j \| N(\mathrm{weight\_prior}_j, \mathrm{prior\_std}^2))`, the same for
-    :math:`\beta` added. The model is reading (a) of Kumar, Narang and Lall, "KL Regularized Normalization Framework for Low
-    Resource Tasks" (2022, arXiv 2212.11275), whose own equations are unverified here. Arithmetic in fp32 (fp64 for fp64 `x`).
+    :math:`\mathrm{kl} = \sum_j \mathrm{KL}(\gamma_j \| N(\mathrm{weight\_prior}_j, \mathrm{prior\_std}^2))`,
+    the same for :math:`\beta` added. One reading of Kumar, Narang and Lall, "KL Regularized Normalization Framework for
+    Low Resource Tasks" (2022, arXiv 2212.11275), whose own equations are unverified here. Arithmetic in fp32 (fp64 for
+    fp64 `x`).
 
     Args:
         x: (..., \*normalized_shape), floating point; read in place where rows of adjacent features have one stride,
@@ -50,7 +51,8 @@ def kl_layer_norm(
         bias_prior: prior mean of the shift, likewise.
         prior_std: deviation of the prior, > 0.
         eps: added to the variance, > 0.
-        noise: which rows share a draw of scale and shift: "batch" all of them, "sample" those of one index of `sample_dim`,
+        noise: which rows share a draw of scale and shift: "batch" all of them, "sample" those of one index of
+        `sample_dim`,
             "token" none.
         sample_dim: the dimension of `x` that counts samples; not a normalized one. Only for noise="sample".
         sample: False uses the means: LayerNorm.
@@ -58,10 +60,12 @@ def kl_layer_norm(
         generator: torch.Generator of the device of `x` to draw the seed from.
 
     Returns:
-        y, like `x` in shape and dtype, contiguous; and kl, a scalar in nats, fp32 (fp64 for fp64 `x`). Both differentiable once.
+        y, like `x` in shape and dtype, contiguous; and kl, a scalar in nats, fp32 (fp64 for fp64 `x`). Both
+        differentiable once.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message says which, what
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message says which,
+        what
             came, what was expected and what to do. On the CPU also for a KL divergence that is not finite.
 
     Example:
@@ -84,7 +88,7 @@ def normalize(
     x, normalized_shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
     noise, sample_dim, sample, seed, generator,
 ):  # fmt: skip
-    """`kl_layer_norm` without its check that the KL divergence is finite, which a layer leaves to `klnorm.kl_divergence`."""
+    """`kl_layer_norm` without its check that the KL is finite, which a layer leaves to `klnorm.kl_divergence`."""
     shape = checks.as_shape(normalized_shape)
     checks.check_config(prior_std, eps, noise)
     checks.check_input(x, shape)

@@ -9,7 +9,8 @@ from . import checks
 
 
 class LastKL:
-    """The KL tensor of a layer's last forward, kept for as long as that forward's output lives and its graph is unspent.
+    """The KL tensor of a layer's last forward, kept for as long as that forward's output lives and its graph is
+    unspent.
 
     Holding the tensor itself would keep the whole graph behind it alive. Tied to the output, which the next operation
     usually saves for its own backward, it goes when the graph goes.
@@ -49,8 +50,10 @@ class LastKL:
 def kl_divergence(model, *, check_finite=True):
     """KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
-    Taken from a layer's last forward where that is still part of a graph, which costs nothing extra; in closed form from
-    the parameters otherwise (no forward yet, evaluation, after `backward()` or `optimizer.step()`, under torch.compile).
+    Taken from a layer's last forward where that is still part of a graph, which costs nothing extra; in closed form
+    from
+    the parameters otherwise (no forward yet, evaluation, after `backward()` or `optimizer.step()`, under
+    torch.compile).
     The value and the gradient are the same. Each layer counts once, however often it is used or registered.
 
     Args:

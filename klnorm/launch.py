@@ -72,7 +72,8 @@ def backward(
             (backward_wide_kernel if tile.wide else backward_kernel)[(programs,)](
                 rows, dy_rows, parameters[0], parameters[2], parameters[3], seed, mean, rstd,
                 dx, partial, *scratch,
-                rows.stride(0) // vec, dy_rows.stride(0) // vec, n_cols // vec, n_draws, inner, n_rows // n_draws, runs.run_rows, runs.runs_per_group, runs.group_rows,
+                rows.stride(0) // vec, dy_rows.stride(0) // vec, n_cols // vec, n_draws, inner, n_rows // n_draws,
+                runs.run_rows, runs.runs_per_group, runs.group_rows,
                 NOISE=noise, SPAN=span, CONTIGUOUS=_in_order(noise, n_rows, n_draws, inner),
                 FAST=_fast(x.device), N=n_cols, VEC=vec,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, num_warps=tile.num_warps,

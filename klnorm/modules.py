@@ -15,8 +15,10 @@ from .reference.kl_norm import kl_normal
 class KLLayerNorm(nn.LayerNorm):
     r"""LayerNorm whose scale and shift are Gaussian posteriors, sampled in training and held to a prior by a KL term.
 
-    In training mode every draw of scale and shift is :math:`\gamma = \mathrm{weight} + \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon`,
-    likewise :math:`\beta`; in evaluation mode the layer is `nn.LayerNorm` with the posterior means, bit for bit where `x` and
+    In training mode every draw of scale and shift is :math:`\gamma = \mathrm{weight} +
+    \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon`,
+    likewise :math:`\beta`; in evaluation mode the layer is `nn.LayerNorm` with the posterior means, bit for bit where
+    `x` and
     the parameters have one dtype. Add `klnorm.kl_divergence(model)`, weighted, to the loss. See
     `klnorm.functional.kl_layer_norm` for the formulas and their source.
 

@@ -20,14 +20,17 @@ from . import cpu
 from .versions import require_triton
 
 _FORWARD = """layer_norm_forward(
-    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor? bias_prior,
-    Tensor? seed, float weight_prior_value, float bias_prior_value, float prior_std, float eps, SymInt draws, SymInt inner
+    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor?
+    bias_prior,
+    Tensor? seed, float weight_prior_value, float bias_prior_value, float prior_std, float eps, SymInt draws, SymInt
+    inner
 ) -> (Tensor, Tensor, Tensor, Tensor)"""
 
 # A gradient that does not exist (no shift, or dy is None) comes back as an empty tensor.
 _BACKWARD = """layer_norm_backward(
     Tensor? dy, Tensor? dkl,
-    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor? bias_prior,
+    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor?
+    bias_prior,
     Tensor? seed, Tensor mean, Tensor rstd, float weight_prior_value, float bias_prior_value, float prior_std,
     SymInt draws, SymInt inner
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
@@ -43,7 +46,7 @@ def _filled(gradients, like):
 
 @functools.cache
 def _launch():
-    """The module of the kernels, imported when a CUDA tensor comes: it needs triton, which a CPU machine may not have."""
+    """The host side of the kernels, imported when a CUDA tensor comes: a CPU machine may not have triton."""
     require_triton()
     from . import launch
 
@@ -109,6 +112,6 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "klnorm has no second derivatives: a backward of the backward (create_graph=True) went through kl_layer_norm. "
+            "klnorm has no second derivatives: a backward of the backward (create_graph=True) went through it. "
             "Remedy: use klnorm.reference.kl_layer_norm there, which autograd differentiates any number of times."
         )

@@ -8,8 +8,10 @@ from .modules import KLLayerNorm
 def replace_layer_norm(model, *, noise="sample", sample_dim=0, init_std=0.05, prior_std=0.1, generator=None):
     """Turn every `nn.LayerNorm` in `model` into a `KLLayerNorm`, in place.
 
-    Each layer stays the same object with the same `weight` and `bias` parameters, hooks, training flag, dtype and device, so
-    what refers to it keeps working. The deviations are new parameters, with the `requires_grad` of their means; make the
+    Each layer stays the same object with the same `weight` and `bias` parameters, hooks, training flag, dtype and
+    device, so
+    what refers to it keeps working. The deviations are new parameters, with the `requires_grad` of their means; make
+    the
     optimizer after this call. The prior is centred on the current values. Subclasses of nn.LayerNorm, layers that are
     KLLayerNorms already and layers without scale and shift are left alone.
 

@@ -1,4 +1,5 @@
-"""Tile sizes, warps and how rows are dealt to programs: plain functions of width, dtype and the number of multiprocessors.
+"""Tile sizes, warps and how rows are dealt to programs: plain functions of width, dtype and the number of
+multiprocessors.
 
 Tiles and warps depend on the width and the dtype only, so a row's result never depends on the batch it is in.
 """
@@ -57,7 +58,7 @@ def forward_runs(n_rows, draws, tile, row_bytes, multiprocessors):
 
 
 def backward_runs(n_rows, draws, tile, multiprocessors):
-    """Runs of the backward kernel: as many programs as are resident at once, since each writes a row of partial sums."""
+    """Runs of the backward kernel: no more programs than are resident at once, as each writes partial sums."""
     return _deal(n_rows, draws, tile.block_m, multiprocessors * max(1, 16 // tile.num_warps))
 
 

@@ -1,7 +1,8 @@
 """Every kernel variant against the specification: values, gradients, strides, widths, repeatability.
 
 An error is judged against the specification evaluated in fp64 with the kernels' own noise, so that only the rounding of
-what is tested is left. It may be a small multiple of the error that the specification itself makes in the dtype at hand.
+what is tested is left. It may be a small multiple of the error that the specification itself makes in the dtype at
+hand.
 """
 
 import pytest
@@ -114,7 +115,8 @@ class Problem:
 def tolerance(dtype, exact, specification):
     """Half an ulp of rounding to `dtype`, and eight times the specification's own error or that of one fp32 operation.
 
-    Eight, because the two sum and associate in different orders, and tl.log, tl.exp and 1 / sqrt are approximations of 2 ulp.
+    Eight, because the two sum and associate in different orders, and tl.log, tl.exp and 1 / sqrt are approximations of
+    2 ulp.
     """
     own = (specification.double() - exact).abs().max().item()
     largest = exact.abs().max().item()
@@ -274,7 +276,7 @@ def test_same_bits_twice(device, noise):
 
 @pytest.mark.parametrize("n", [33, 64, 1004])
 def test_a_row_does_not_depend_on_its_batch(device, n):
-    """One row alone and inside 10,000 (500 wider ones in the interpreter): the same bits, wherever it lies in memory."""
+    """One row alone and inside 10,000 (500 in the interpreter): the same bits, wherever it lies in memory."""
     rows = 10_000 if n == 64 or device.type == "cuda" else 500
     problem = Problem(device, (rows,), n, "batch", dtype=torch.bfloat16)
     y, dx = problem.forward()[0], problem.backward()[0]

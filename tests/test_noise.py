@@ -87,7 +87,7 @@ def assert_same_normals(device, seed, draw, feature, stream):
 
 
 def normal_tolerance(device, z):
-    """Error bound per normal, z of whole pairs: that of fp32 functions of 2 ulp, or of the hardware's approximations per the PTX manual."""
+    """Error bound per normal, z in whole pairs: fp32 functions of 2 ulp, or the PTX manual's for the hardware's own."""
     radius = z.double().unflatten(1, (-1, 2)).norm(dim=2, keepdim=True).expand(-1, -1, 2).flatten(1)
     radius = radius.clamp(min=3.9e-3)  # the smallest there is
     angle_error = 2 * math.pi * 2**-23  # the constant 2 pi / 65536 and the product are rounded

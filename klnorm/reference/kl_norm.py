@@ -62,7 +62,7 @@ def kl_layer_norm(
     sample=True,
     seed=None,
 ):
-    """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same (y, kl), nothing checked, nothing fused."""
+    """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same (y, kl), nothing checked."""
     draws, inner = draw_layout(x.shape, len(normalized_shape), noise, sample_dim)
     acc = accumulation_dtype(x)
     n = math.prod(normalized_shape)

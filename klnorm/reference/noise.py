@@ -1,4 +1,7 @@
-"""The noise stream: Philox4x32-7 words turned into normals (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11)."""
+"""The noise stream: Philox4x32-7 words turned into normals.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11.
+"""
 
 import math
 
