@@ -1,0 +1,21 @@
+"""What the README shows, run as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_example():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    before = [p.clone() for p in model.parameters()]
+    x, target = torch.randn(6, 4), torch.randint(3, (6,))
+    namespace = {"model": model, "batches": [(x, target)] * 3, "num_examples": 6}
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(code, namespace)
+    assert type(model[1]) is nn.LayerNorm
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
