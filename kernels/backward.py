@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
-from .posterior import load_std, merged_variance, sample, shared_normals
+from .posterior import load_std, sample, shared_normals
 from .rows import draws_of, load_parameter, row_at, run_of, tile_at
 
 # Slots of the partial sums [slot, program, feature].
@@ -15,8 +15,20 @@ SHIFT_SUM = tl.constexpr(3)  # of dy * eps_beta (shared draws), of u (merged dra
 
 
 @triton.jit
+def _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr):
+    """(scale_std, scale variance, shift variance) [1, BLOCK_N].
+
+    The shift's variance is kept above 0, so that the derivative of sqrt(scale_variance * xhat^2 + shift_variance) is
+    finite without a test per element; the least normal number changes no deviation above 1e-19.
+    """
+    scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
+    shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
+    return scale_std, scale_std * scale_std, tl.maximum(shift_std * shift_std, 2.0**-126)
+
+
+@triton.jit
 def _tile_gradients(
-    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, gamma, scale_std, shift_std, k0, k1, first_col,
+    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, gamma, scale_variance, shift_variance, k0, k1, first_col,
     x_stride, dy_stride,
     NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
     BLOCK_N: tl.constexpr, FAST: tl.constexpr,
@@ -27,14 +39,27 @@ def _tile_gradients(
     rstd = tl.load(rstd_ptr + row, row_mask, other=0.0)
     x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
     dy = tl.load(tile_at(dy_ptr, row, dy_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
-    xhat = (x - mean) * rstd
+    xhat = x * rstd - mean * rstd  # one fused multiply-add
     dxhat, u = dy * gamma, dy
     if NOISE == "merged":
         z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, BLOCK_N, FAST).to(mean.dtype)
-        variance = merged_variance(xhat, scale_std, shift_std, HAS_BIAS)
-        u = dy * z * tl.where(variance > 0, tl.rsqrt(variance), 0.0)
-        dxhat += u * ((scale_std * scale_std) * xhat)
+        u = dy * z * tl.rsqrt(scale_variance * (xhat * xhat) + shift_variance)
+        dxhat += u * (scale_variance * xhat)
     return xhat, dy, dxhat, u, rstd
+
+
+@triton.jit
+def _row_sums(xhat, dxhat):
+    """Sums [rows, 1] of dxhat and of dxhat * xhat, in one reduction: two would wait for each other's barriers."""
+    sums = tl.sum(tl.join(dxhat, dxhat * xhat), axis=1)
+    one, along_xhat = tl.split(sums)
+    return one[:, None], along_xhat[:, None]
+
+
+@triton.jit
+def _input_gradient(xhat, dxhat, rstd, along_one, along_xhat):
+    """dx = rstd * (dxhat - along_one - xhat * along_xhat), in two fused multiply-adds an element."""
+    return (dxhat * rstd - along_one * rstd) - xhat * (along_xhat * rstd)
 
 
 @triton.jit
@@ -98,8 +123,7 @@ def backward_kernel(
     HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
     cols = tl.arange(0, BLOCK_N)[None, :]
     weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-    scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
-    shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
+    scale_std, scale_variance, shift_variance = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
     k0, k1 = load_key(seed_ptr)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
@@ -112,13 +136,12 @@ def backward_kernel(
             position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
             row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
             xhat, dy, dxhat, u, rstd = _tile_gradients(
-                x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,
+                x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_variance, shift_variance,
                 k0, k1, 0, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
             )  # fmt: skip
             sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
-            along_one = tl.sum(dxhat, axis=1, keep_dims=True) / N
-            along_xhat = tl.sum(dxhat * xhat, axis=1, keep_dims=True) / N
-            dx = rstd * (dxhat - along_one - xhat * along_xhat)
+            along_one, along_xhat = _row_sums(xhat, dxhat)
+            dx = _input_gradient(xhat, dxhat, rstd, along_one / N, along_xhat / N)
             mask = (position < last) & (cols < N)
             tl.store(tile_at(dx_ptr, row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
         _store_sums(
@@ -146,29 +169,26 @@ def backward_wide_kernel(
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
             weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-            scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
-            shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
+            scale_std, scale_variance, shift_variance = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
             gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
-                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,
+                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_variance, shift_variance,
                     k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 seen = (position < last) & (first_col > 0)
                 along_one = tl.load(row_sum_ptr + 2 * row, seen, other=0.0)
                 along_xhat = tl.load(row_sum_ptr + 2 * row + 1, seen, other=0.0)
-                along_one += tl.sum(dxhat, axis=1, keep_dims=True)
-                along_xhat += tl.sum(dxhat * xhat, axis=1, keep_dims=True)
-                tl.store(row_sum_ptr + 2 * row, along_one, position < last)
-                tl.store(row_sum_ptr + 2 * row + 1, along_xhat, position < last)
+                piece_one, piece_xhat = _row_sums(xhat, dxhat)
+                tl.store(row_sum_ptr + 2 * row, along_one + piece_one, position < last)
+                tl.store(row_sum_ptr + 2 * row + 1, along_xhat + piece_xhat, position < last)
             tl.debug_barrier()  # one thread stored what all threads load next
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
             weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-            scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
-            shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
+            scale_std, scale_variance, shift_variance = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
             gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
             sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
@@ -176,13 +196,13 @@ def backward_wide_kernel(
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
-                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_std, shift_std,
+                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_variance, shift_variance,
                     k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
-                along_one = tl.load(row_sum_ptr + 2 * row, position < last, other=0.0) / N
-                along_xhat = tl.load(row_sum_ptr + 2 * row + 1, position < last, other=0.0) / N
-                dx = rstd * (dxhat - along_one - xhat * along_xhat)
+                along_one = tl.load(row_sum_ptr + 2 * row, position < last, other=0.0)
+                along_xhat = tl.load(row_sum_ptr + 2 * row + 1, position < last, other=0.0)
+                dx = _input_gradient(xhat, dxhat, rstd, along_one / N, along_xhat / N)
                 mask = (position < last) & (cols < N)
                 tl.store(tile_at(dx_ptr, row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
             _store_sums(

@@ -1,7 +1,8 @@
 """What a caller may get wrong, and messages that say which argument, what came, what was expected, what to do."""
 
 import math
-from numbers import Real
+from collections.abc import Iterable
+from numbers import Integral, Real
 
 import torch
 
@@ -22,8 +23,8 @@ def check_config(prior_std, eps, noise):
 
 def as_shape(normalized_shape):
     """`normalized_shape` as a tuple of positive ints."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
+    if not shape or not all(isinstance(n, Integral) and n > 0 for n in shape):
         raise ValueError(
             f"normalized_shape is {normalized_shape!r}, expected a positive int or a non-empty sequence of them: "
             "there is nothing to normalize over no features."
@@ -140,7 +141,7 @@ def check_positive(name, value):
     """Raise unless `value` is a finite number above 0."""
     if not _is_real(value):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a float.")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number above 0.")
 
 

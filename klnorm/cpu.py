@@ -23,7 +23,7 @@ def forward(
     if b is not None:
         kl = kl + kl_normal(b, b_rho, bias_prior_value if b_prior is None else b_prior, prior_std).sum()
 
-    rows = x.reshape(-1, w.numel()).to(acc)
+    rows = x.reshape(-1, w.numel()).to(acc).contiguous()
     mean = rows.mean(1)
     centred = rows - mean[:, None]
     rstd = torch.rsqrt((centred**2).mean(1) + eps)
@@ -52,8 +52,8 @@ def backward(
     dx = None
     if dy is not None:
         n = w.numel()
-        xhat = _by_draw((x.reshape(-1, n).to(acc) - mean[:, None]) * rstd[:, None], noise, draws, inner)
-        g = _by_draw(dy.reshape(-1, n).to(acc), noise, draws, inner)
+        xhat = _by_draw((x.reshape(-1, n).to(acc).contiguous() - mean[:, None]) * rstd[:, None], noise, draws, inner)
+        g = _by_draw(dy.reshape(-1, n).to(acc).contiguous(), noise, draws, inner)
         eps = _shared_normals(seed, noise, draws, w, b)
         dxhat = g * _sample(w, w_rho, eps, SCALE_STREAM)
         dw_by_draw, db_by_draw = (g * xhat).sum((0, 2)), g.sum((0, 2))

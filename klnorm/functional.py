@@ -103,6 +103,7 @@ def normalize(
         seed = None
     elif seed is not None:
         checks.check_seed(seed, x)
+        seed = seed.reshape(1)
     else:
         checks.check_generator(generator, x)
         seed = torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)

@@ -19,26 +19,27 @@ class LastKL:
     def __init__(self):
         self._forget()
 
-    def remember(self, kl, output, parameters):
+    def remember(self, kl, output, parameters, prior_std):
         """Keep `kl`, computed together with `output` from `parameters`; forget what was kept where it has no graph."""
         if not kl.requires_grad:
             return self._forget()
         self._kl = kl
+        self._prior_std = prior_std
         self._parameters = parameters
         self._versions = [p._version for p in parameters]
         self._output = weakref.ref(output, self._forget)
 
-    def recall(self, parameters):
+    def recall(self, parameters, prior_std):
         """The KL tensor, or None where its graph is gone or spent, or the parameters have changed since."""
         if self._kl is None or getattr(self._kl.grad_fn, "consumed", False):
             return None
         unchanged = all(
             p is q and p._version == v for p, q, v in zip(parameters, self._parameters, self._versions, strict=True)
         )
-        return self._kl if unchanged else None
+        return self._kl if unchanged and prior_std == self._prior_std else None
 
     def _forget(self, _=None):
-        self._kl = self._parameters = self._versions = self._output = None
+        self._kl = self._prior_std = self._parameters = self._versions = self._output = None
 
     def __deepcopy__(self, memo):
         return LastKL()
@@ -54,7 +55,8 @@ def kl_divergence(model, *, check_finite=True):
     from
     the parameters otherwise (no forward yet, evaluation, after `backward()` or `optimizer.step()`, under
     torch.compile).
-    The value and the gradient are the same. Each layer counts once, however often it is used or registered.
+    The value and the gradient are the same. Add it to the loss and call backward once: it shares the outputs' graph. Each
+    layer counts once, however often it is used or registered.
 
     Args:
         model: any nn.Module.

@@ -96,11 +96,14 @@ class KLLayerNorm(nn.LayerNorm):
         for name in "noise", "sample_dim", "init_std", "prior_std", "generator", "_last_kl":
             delattr(self, name)
 
+    def _initial_rho(self):
+        """softplus inverted at `init_std`, in a form that holds for small and large deviations."""
+        return self.init_std + math.log(-math.expm1(-self.init_std))
+
     def _reset_rho(self):
         for rho in self.weight_rho, self.bias_rho:
             if rho is not None:
-                # the inverse of softplus, for small and large deviations
-                nn.init.constant_(rho, self.init_std + math.log(-math.expm1(-self.init_std)))
+                nn.init.constant_(rho, self._initial_rho())
 
     def reset_parameters(self):
         """Scale and prior of the scale 1, shift and prior of the shift 0, deviations `init_std`."""
@@ -117,7 +120,7 @@ class KLLayerNorm(nn.LayerNorm):
             return self._evaluate(x)
         y, kl = self._normalize(x, sample=True)
         if not torch.compiler.is_compiling():
-            self._last_kl.remember(kl, y, self.posterior_parameters())
+            self._last_kl.remember(kl, y, self._kl_inputs(), self.prior_std)
         return y
 
     def _evaluate(self, x):
@@ -140,9 +143,12 @@ class KLLayerNorm(nn.LayerNorm):
         parameters = self.weight, self.weight_rho, self.bias, self.bias_rho
         return [p for p in parameters if p is not None]
 
+    def _kl_inputs(self):
+        return [*self.posterior_parameters(), *(t for t in (self.weight_prior, self.bias_prior) if t is not None)]
+
     def kl_divergence(self):
         """KL divergence of this layer's posterior from its prior, a scalar in nats; see `klnorm.kl_divergence`."""
-        kl = None if torch.compiler.is_compiling() else self._last_kl.recall(self.posterior_parameters())
+        kl = None if torch.compiler.is_compiling() else self._last_kl.recall(self._kl_inputs(), self.prior_std)
         if kl is not None:
             return kl
         parts = [(self.weight, self.weight_rho, self.weight_prior), (self.bias, self.bias_rho, self.bias_prior)]
@@ -151,14 +157,21 @@ class KLLayerNorm(nn.LayerNorm):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Also accept the state of an nn.LayerNorm: the loaded values become means and prior means, rho stays."""
         if f"{prefix}weight" in state_dict and not any(
-            f"{prefix}{key}" in state_dict for key in ("weight_rho", "weight_prior")
+            f"{prefix}{key}" in state_dict for key in ("weight_rho", "weight_prior", "bias_rho", "bias_prior")
         ):
             state_dict = dict(state_dict)
             for name in "weight", "bias":
                 if f"{prefix}{name}" in state_dict and getattr(self, f"{name}_rho") is not None:
-                    state_dict[f"{prefix}{name}_rho"] = getattr(self, f"{name}_rho").detach()
+                    state_dict[f"{prefix}{name}_rho"] = self._rho_like(name, state_dict[f"{prefix}{name}"])
                     state_dict[f"{prefix}{name}_prior"] = state_dict[f"{prefix}{name}"].detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _rho_like(self, name, loaded):
+        """The present rho, in the loaded mean's dtype and on its device; the initial one where it is on meta."""
+        rho = getattr(self, f"{name}_rho").detach()
+        if rho.is_meta:
+            return torch.full_like(loaded, self._initial_rho())
+        return rho.to(loaded)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"

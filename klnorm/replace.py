@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from . import checks
 from .modules import KLLayerNorm
 
 
@@ -31,10 +32,14 @@ def replace_layer_norm(model, *, noise="sample", sample_dim=0, init_std=0.05, pr
         'KLLayerNorm'
     """
     _check_module(model)
-    for module in list(model.modules()):
-        if type(module) is nn.LayerNorm and module.elementwise_affine:
-            module.__class__ = KLLayerNorm
-            module._add_posterior(noise, sample_dim, init_std, prior_std, generator)
+    layers = [m for m in model.modules() if type(m) is nn.LayerNorm and m.elementwise_affine]
+    checks.check_config(prior_std, 1.0, noise)
+    checks.check_positive("init_std", init_std)
+    for module in layers:
+        checks.check_positive("eps", module.eps)
+    for module in layers:
+        module.__class__ = KLLayerNorm
+        module._add_posterior(noise, sample_dim, init_std, prior_std, generator)
     return model
 
 

@@ -390,9 +390,15 @@ def test_the_kl_outside_a_compiled_forward_is_exact(device):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_compiled_kl_alone(device):
+@pytest.mark.parametrize("after_forward", [False, True])
+def test_a_compiled_kl_alone(device, after_forward):
     model = small_model(device)
+    y = model(torch.randn(5, 4, dtype=torch.float64, device=device)) if after_forward else None
     assert_compiled_equals_eager(lambda: (kl_divergence(model),), list(model[1].parameters()), device)
+    y = model(torch.randn(5, 4, dtype=torch.float64, device=device)) if after_forward else y  # an unspent graph
+    kl = torch.compile(lambda: kl_divergence(model), fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(kl, kl_divergence(model), **close(device))
+    assert y is None or y.requires_grad
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
