@@ -18,7 +18,7 @@ SHIFT_SUM = tl.constexpr(3)  # of dy * eps_beta (shared draws), of u (merged dra
 def _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr):
     """(scale_std, scale variance, shift variance) [1, BLOCK_N].
 
-    The shift's variance is kept above 0, so that the derivative of sqrt(scale_variance * xhat^2 + shift_variance) is
+    The shift's variance is kept above 0, so that the derivative of sqrt(scale_var * xhat^2 + shift_var) is
     finite without a test per element; the least normal number changes no deviation above 1e-19.
     """
     scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
@@ -28,7 +28,7 @@ def _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE: tl.constexpr, N: tl.c
 
 @triton.jit
 def _tile_gradients(
-    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, gamma, scale_variance, shift_variance, k0, k1, first_col,
+    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, gamma, scale_var, shift_var, k0, k1, first_col,
     x_stride, dy_stride,
     NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
     BLOCK_N: tl.constexpr, FAST: tl.constexpr,
@@ -43,8 +43,8 @@ def _tile_gradients(
     dxhat, u = dy * gamma, dy
     if NOISE == "merged":
         z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, BLOCK_N, FAST).to(mean.dtype)
-        u = dy * z * tl.rsqrt(scale_variance * (xhat * xhat) + shift_variance)
-        dxhat += u * (scale_variance * xhat)
+        u = dy * z * tl.rsqrt(scale_var * (xhat * xhat) + shift_var)
+        dxhat += u * (scale_var * xhat)
     return xhat, dy, dxhat, u, rstd
 
 
@@ -123,7 +123,7 @@ def backward_kernel(
     HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
     cols = tl.arange(0, BLOCK_N)[None, :]
     weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-    scale_std, scale_variance, shift_variance = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
+    scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
     k0, k1 = load_key(seed_ptr)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
@@ -136,7 +136,7 @@ def backward_kernel(
             position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
             row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
             xhat, dy, dxhat, u, rstd = _tile_gradients(
-                x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_variance, shift_variance,
+                x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                 k0, k1, 0, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
             )  # fmt: skip
             sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
@@ -169,13 +169,13 @@ def backward_wide_kernel(
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
             weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-            scale_std, scale_variance, shift_variance = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
+            scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
             gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
-                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_variance, shift_variance,
+                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                     k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 seen = (position < last) & (first_col > 0)
@@ -188,7 +188,7 @@ def backward_wide_kernel(
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
             weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-            scale_std, scale_variance, shift_variance = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
+            scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
             gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
             sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
@@ -196,7 +196,7 @@ def backward_wide_kernel(
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
-                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_variance, shift_variance,
+                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                     k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)

@@ -55,8 +55,8 @@ def kl_divergence(model, *, check_finite=True):
     from
     the parameters otherwise (no forward yet, evaluation, after `backward()` or `optimizer.step()`, under
     torch.compile).
-    The value and the gradient are the same. Add it to the loss and call backward once: it shares the outputs' graph. Each
-    layer counts once, however often it is used or registered.
+    The value and the gradient are the same. Add it to the loss and call backward once, as it shares the outputs' graph.
+    Each layer counts once, however often it is used or registered.
 
     Args:
         model: any nn.Module.
