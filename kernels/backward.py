@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import load_std, sample, shared_normals
-from .rows import draws_of, load_parameter, row_at, run_of, tile_at
+from .rows import BATCH_SIZES, draws_of, load_parameter, row_at, run_of, tile_at
 
 # Slots of the partial sums [slot, program, feature].
 WEIGHT_SUM = tl.constexpr(0)  # of dy * xhat
@@ -110,31 +110,32 @@ def _store_sums(
         tl.debug_barrier()  # the next draw reads these sums back
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def backward_kernel(
     x_ptr, dy_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
     dx_ptr, partial_ptr,
-    x_stride, dy_stride, dx_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
-    NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    x_stride, dy_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BLOCK_N features, whole in registers; program i owns the i-th run of rows."""
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
     cols = tl.arange(0, BLOCK_N)[None, :]
-    weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-    scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
     k0, k1 = load_key(seed_ptr)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
     for draw in range(first_draw, first_draw + count):
+        # Loaded again for every draw: kept across draws, they would take registers that 8,192 features do not leave.
+        scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
+        weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
         gamma = sample(weight, scale_std, k0, k1, draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
         sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
         last = tl.minimum(stop, (draw + 1) * rows_per_draw)
         for top in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
             position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-            row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+            row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
             xhat, dy, dxhat, u, rstd = _tile_gradients(
                 x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                 k0, k1, 0, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
@@ -143,19 +144,19 @@ def backward_kernel(
             along_one, along_xhat = _row_sums(xhat, dxhat)
             dx = _input_gradient(xhat, dxhat, rstd, along_one / N, along_xhat / N)
             mask = (position < last) & (cols < N)
-            tl.store(tile_at(dx_ptr, row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+            tl.store(tile_at(dx_ptr, row, N // VEC, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
         _store_sums(
             partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, 0, cols, draw == first_draw,
             NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def backward_wide_kernel(
     x_ptr, dy_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
     dx_ptr, partial_ptr, row_sum_ptr,
-    x_stride, dy_stride, dx_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
-    NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    x_stride, dy_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any width, in pieces of BLOCK_N: first the run's row sums [n_rows, 2], then dx and the column sums."""
@@ -173,7 +174,7 @@ def backward_wide_kernel(
             gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-                row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+                row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
                     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                     k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
@@ -194,7 +195,7 @@ def backward_wide_kernel(
             sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-                row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+                row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
                     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                     k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
@@ -204,7 +205,7 @@ def backward_wide_kernel(
                 along_xhat = tl.load(row_sum_ptr + 2 * row + 1, position < last, other=0.0)
                 dx = _input_gradient(xhat, dxhat, rstd, along_one / N, along_xhat / N)
                 mask = (position < last) & (cols < N)
-                tl.store(tile_at(dx_ptr, row, dx_stride, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+                tl.store(tile_at(dx_ptr, row, N // VEC, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
             _store_sums(
                 partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, first_col, cols, draw == first_draw,
                 NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,

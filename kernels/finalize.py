@@ -6,7 +6,7 @@ import triton.language as tl
 from .backward import BIAS_SUM, SCALE_SUM, SHIFT_SUM, WEIGHT_SUM
 from .noise import SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import kl_rho_gradient, sigmoid, softplus
-from .rows import load_parameter
+from .rows import BATCH_SIZES, load_parameter
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _store_gradients(
     tl.store(drho_ptr + cols, drho.to(drho_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def finalize_kernel(
     partial_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
     dkl_ptr,

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import kl_terms, load_std, merged_variance, sample
-from .rows import draws_of, load_parameter, row_at, run_of, tile_at
+from .rows import BATCH_SIZES, draws_of, load_parameter, row_at, run_of, tile_at
 
 
 @triton.jit
@@ -51,13 +51,13 @@ def _affine(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
     y_ptr, mean_ptr, rstd_ptr, kl_ptr,
-    x_stride, y_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
+    x_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
     weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, eps: tl.constexpr,
-    NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BLOCK_N features, whole in registers. Program 0 owns the KL, program 1 + i the run i of rows."""
@@ -71,16 +71,15 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     cols = tl.arange(0, BLOCK_N)[None, :]
     col_mask = cols < N
-    weight, bias = (
-        load_parameter(weight_ptr, cols, col_mask, 0.0, ACC),
-        load_parameter(bias_ptr, cols, col_mask, 0.0, ACC),
-    )
-    scale_std = load_std(weight_rho_ptr, cols, col_mask, NOISE, ACC)
-    shift_std = load_std(bias_rho_ptr, cols, col_mask, NOISE, ACC)
     k0, k1 = load_key(seed_ptr)
     start, stop = run_of(tl.program_id(0) - 1, run_rows, runs_per_group, group_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
     for draw in range(first_draw, first_draw + count):
+        # Loaded again for every draw: kept across draws, they would take registers that 8,192 features do not leave.
+        scale_std = load_std(weight_rho_ptr, cols, col_mask, NOISE, ACC)
+        shift_std = load_std(bias_rho_ptr, cols, col_mask, NOISE, ACC)
+        weight = load_parameter(weight_ptr, cols, col_mask, 0.0, ACC)
+        bias = load_parameter(bias_ptr, cols, col_mask, 0.0, ACC)
         gamma = sample(weight, scale_std, k0, k1, draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
         beta = bias
         if HAS_BIAS:
@@ -89,7 +88,7 @@ def forward_kernel(
         for first in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
             position = (first + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
             row_mask = position < last
-            row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+            row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
             mask = row_mask & col_mask
             x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
             mean = tl.sum(x, axis=1, keep_dims=True) / N
@@ -98,18 +97,18 @@ def forward_kernel(
             y = _affine(
                 centred * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, 0, NOISE, HAS_BIAS, BLOCK_N, FAST
             )
-            tl.store(tile_at(y_ptr, row, y_stride, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
+            tl.store(tile_at(y_ptr, row, N // VEC, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
             tl.store(mean_ptr + row, mean, row_mask)
             tl.store(rstd_ptr + row, rstd, row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def forward_wide_kernel(
     x_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
     y_ptr, mean_ptr, rstd_ptr, kl_ptr,
-    x_stride, y_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
+    x_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
     weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, eps: tl.constexpr,
-    NOISE: tl.constexpr, SPAN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any width, in pieces of BLOCK_N: the statistics of the run's rows first, then y piece by piece."""
@@ -129,7 +128,7 @@ def forward_wide_kernel(
         last = tl.minimum(stop, (draw + 1) * rows_per_draw)
         for top in range(first, last, BLOCK_M):
             position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-            row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+            row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
             mean, rstd = _wide_statistics(
                 x_ptr, row, position < last, x_stride, eps, N, VEC, BLOCK_M, BLOCK_N, STAGES, ACC
             )
@@ -151,7 +150,7 @@ def forward_wide_kernel(
                 beta = sample(bias, shift_std, k0, k1, draw, first_col, SHIFT_STREAM, NOISE, BLOCK_N, FAST)
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-                row = row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS)
+                row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 mask = (position < last) & col_mask
                 x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
                 mean = tl.load(mean_ptr + row, position < last, other=0.0)
@@ -160,7 +159,7 @@ def forward_wide_kernel(
                     (x - mean) * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, first_col,
                     NOISE, HAS_BIAS, BLOCK_N, FAST,
                 )  # fmt: skip
-                tl.store(tile_at(y_ptr, row, y_stride, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
+                tl.store(tile_at(y_ptr, row, N // VEC, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -26,8 +26,9 @@ def load_key(seed_ptr):
     """The two 32-bit key words of an int64 seed; zeros where there is none."""
     if seed_ptr is None:
         return tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
-    seed = tl.load(seed_ptr).to(tl.uint64)
-    return (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+    else:
+        seed = tl.load(seed_ptr).to(tl.uint64)
+        return (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
 @triton.jit

@@ -60,7 +60,8 @@ def load_std(rho_ptr, cols, mask, NOISE: tl.constexpr, ACC: tl.constexpr):
     """Deviation [1, BLOCK_N] of a parameter; 0 where it is not sampled."""
     if NOISE == "none" or rho_ptr is None:
         return tl.zeros(cols.shape, ACC)
-    return softplus(load_parameter(rho_ptr, cols, mask, 0.0, ACC))
+    else:
+        return softplus(load_parameter(rho_ptr, cols, mask, 0.0, ACC))
 
 
 @triton.jit

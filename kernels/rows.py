@@ -7,6 +7,12 @@ posterior sample as long as possible. Where the draws' dimension is the outermos
 import triton
 import triton.language as tl
 
+# Numbers that vary with the batch: Triton must not compile a kernel again because one of them is 1, or divisible by 16.
+BATCH_SIZES = [
+    "x_stride", "dy_stride", "n_draws", "inner", "rows_per_draw",
+    "run_rows", "runs_per_group", "group_rows", "n_programs",
+]  # fmt: skip
+
 
 @triton.jit
 def run_of(program, run_rows, runs_per_group, group_rows):
@@ -26,12 +32,19 @@ def draws_of(start, stop, rows_per_draw, SPAN: tl.constexpr):
 
 
 @triton.jit
-def row_at(position, draw, n_draws, inner, rows_per_draw, CONTIGUOUS: tl.constexpr):
-    """Row of x at a position of `draw`: its k-th row with (row // inner) % n_draws == draw."""
-    if CONTIGUOUS:
+def row_at(position, draw, n_draws, inner, rows_per_draw, ORDER: tl.constexpr):
+    """Row of x at a position of `draw`: its k-th row with (row // inner) % n_draws == draw.
+
+    ORDER: "rows" where rows of a draw are neighbours, "strided" where inner is 1, "blocked" otherwise.
+    """
+    if ORDER == "rows":
         return position
-    k = position - draw * rows_per_draw
-    return (k // inner * n_draws + draw) * inner + k % inner
+    elif ORDER == "strided":
+        return (position - draw * rows_per_draw) * n_draws + draw
+    else:
+        k = (position - draw * rows_per_draw).to(tl.uint32)  # a third of the cost of dividing in 64 bits
+        block = k // inner.to(tl.uint32)
+        return (block.to(tl.int64) * n_draws + draw) * inner + (k - block * inner.to(tl.uint32))
 
 
 @triton.jit

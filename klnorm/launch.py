@@ -6,6 +6,7 @@ Same arguments and results as `klnorm.cpu`. Forward launches one kernel, backwar
 import contextlib
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,33 +19,42 @@ from .kernels.forward import forward_kernel, forward_wide_kernel
 from .reference.kl_norm import accumulation_dtype
 
 
+class Target(NamedTuple):
+    """What a launch needs to know of a device. `fast`: the noise may use NVIDIA's own instructions."""
+
+    multiprocessors: int
+    fast: bool
+
+
+class Call(NamedTuple):
+    """A kernel with everything that one launch of it takes."""
+
+    kernel: object
+    grid: int
+    args: tuple
+    constants: dict
+    num_warps: int
+
+    def launch(self):
+        self.kernel[(self.grid,)](*self.args, **self.constants, num_warps=self.num_warps)
+
+
 def forward(
     x, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed,
     weight_prior_value, bias_prior_value, prior_std, eps, draws, inner,
 ):  # fmt: skip
     """(y, kl, mean, rstd); the arguments are those of the operator in `klnorm.ops`."""
     rows = _rows(x, weight.numel())
-    n_rows, n_cols = rows.shape
     acc = accumulation_dtype(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = rows.new_empty((n_rows,), dtype=acc), rows.new_empty((n_rows,), dtype=acc)
-    kl = rows.new_empty((), dtype=acc)
-    noise, n_draws = _draws(seed, n_rows, draws)
-    tile = tuning.tile(n_cols, x.element_size())
-    runs = tuning.forward_runs(n_rows, n_draws, tile, n_cols * x.element_size(), _multiprocessors(x.device))
-    vec = _vector_width(n_cols, rows)
-    kernel = forward_wide_kernel if tile.wide else forward_kernel
+    kl, mean, rstd = (torch.empty(shape, dtype=acc, device=x.device) for shape in ((), len(rows), len(rows)))
+    parameters = _contiguous(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
+    numbers = {"weight_prior": weight_prior_value, "bias_prior": bias_prior_value, "prior_std": prior_std}
+    call = forward_call(
+        _target(x.device), rows, parameters, seed, y, mean, rstd, kl, {**numbers, "eps": eps}, draws, inner
+    )
     with _on_device_of(x):
-        kernel[(1 + runs.programs,)](
-            rows, *_contiguous(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior), seed,
-            y, mean, rstd, kl,
-            rows.stride(0) // vec, n_cols // vec, n_draws, inner, max(1, n_rows // n_draws),
-            runs.run_rows, runs.runs_per_group, runs.group_rows,
-            weight_prior=weight_prior_value, bias_prior=bias_prior_value, prior_std=prior_std, eps=eps,
-            NOISE=noise, SPAN=noise == "shared" and runs.span, CONTIGUOUS=_in_order(noise, n_rows, n_draws, inner),
-            FAST=_fast(x.device), N=n_cols, VEC=vec,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, num_warps=tile.num_warps,
-        )  # fmt: skip
+        call.launch()
     return y, kl, mean, rstd
 
 
@@ -53,43 +63,91 @@ def backward(
     weight_prior_value, bias_prior_value, prior_std, draws, inner,
 ):  # fmt: skip
     """(dx, dweight, dbias, dweight_rho, dbias_rho), None where there is no shift; `dy` or `dkl` may be None."""
-    n_rows, n_cols = mean.numel(), weight.numel()
+    target, n_cols = _target(x.device), weight.numel()
     parameters = _contiguous(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
-    noise, n_draws = _draws(seed, n_rows, draws)
-    tile = tuning.tile(n_cols, x.element_size(), backward=True)
-    runs = tuning.backward_runs(n_rows, n_draws, tile, _multiprocessors(x.device))
-    span = noise == "shared" and runs.span
-    programs = runs.programs if dy is not None else 0
-    partial = mean.new_empty((4 if noise == "merged" or span else 2, programs, n_cols))
-    dx = None
+    gradients = [None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+                 for p in (weight, bias, weight_rho, bias_rho)]  # fmt: skip
+    numbers = {"weight_prior": weight_prior_value, "bias_prior": bias_prior_value, "prior_std": prior_std}
+    plan = _backward_plan(target, len(mean) if dy is not None else 0, n_cols, x.element_size(), seed, draws)
+    partial = mean.new_empty((plan.slots, plan.runs.programs, n_cols))
+    dx = None if dy is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with _on_device_of(x):
-        if dy is not None:
-            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if programs:
+        if plan.runs.programs:
             rows, dy_rows = _rows(x, n_cols), _rows(dy, n_cols)
-            vec = _vector_width(n_cols, rows, dy_rows)
-            scratch = (mean.new_empty((n_rows, 2)),) if tile.wide else ()
-            (backward_wide_kernel if tile.wide else backward_kernel)[(programs,)](
-                rows, dy_rows, parameters[0], parameters[2], parameters[3], seed, mean, rstd,
-                dx, partial, *scratch,
-                rows.stride(0) // vec, dy_rows.stride(0) // vec, n_cols // vec, n_draws, inner, n_rows // n_draws,
-                runs.run_rows, runs.runs_per_group, runs.group_rows,
-                NOISE=noise, SPAN=span, CONTIGUOUS=_in_order(noise, n_rows, n_draws, inner),
-                FAST=_fast(x.device), N=n_cols, VEC=vec,
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.num_stages, num_warps=tile.num_warps,
-            )  # fmt: skip
-        dweight, dweight_rho = _like(weight), _like(weight_rho)
-        dbias, dbias_rho = (None, None) if bias is None else (_like(bias), _like(bias_rho))
-        block_p, block_n, num_warps = tuning.finalizer_tile(n_cols)
-        finalize_kernel[(triton.cdiv(n_cols, block_n),)](
-            partial, *parameters, seed, dkl,
-            dweight, dbias, dweight_rho, dbias_rho,
-            programs, runs.runs_per_group,
-            weight_prior=weight_prior_value, bias_prior=bias_prior_value, prior_std=prior_std,
-            NOISE=noise, SPAN=span, FAST=_fast(x.device),
-            N=n_cols, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=num_warps,
-        )  # fmt: skip
-    return dx, dweight, dbias, dweight_rho, dbias_rho
+            backward_call(target, plan, rows, dy_rows, parameters, seed, mean, rstd, dx, partial, inner).launch()
+        finalize_call(target, plan, partial, parameters, seed, dkl, gradients, numbers).launch()
+    return dx, *gradients
+
+
+def forward_call(target, rows, parameters, seed, y, mean, rstd, kl, numbers, draws, inner):
+    """The launch of the forward kernel on `rows` (M, N); `numbers` are the prior means, its deviation, and eps."""
+    n_rows, n_cols = rows.shape
+    noise, n_draws = _draws(seed, n_rows, draws)
+    tile = tuning.tile(n_cols, rows.element_size())
+    runs = tuning.forward_runs(n_rows, n_draws, tile, n_cols * rows.element_size(), target.multiprocessors)
+    vec = _vector_width(n_cols, rows)
+    args = (
+        rows, *parameters, seed, y, mean, rstd, kl,
+        rows.stride(0) // vec, n_draws, inner, max(1, n_rows // n_draws),
+        runs.run_rows, runs.runs_per_group, runs.group_rows,
+    )  # fmt: skip
+    constants = {
+        **numbers, "NOISE": noise, "SPAN": noise == "shared" and runs.span,
+        "ORDER": _order(noise, n_rows, n_draws, inner), "FAST": target.fast, "N": n_cols, "VEC": vec,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
+    }  # fmt: skip
+    kernel = forward_wide_kernel if tile.wide else forward_kernel
+    return Call(kernel, 1 + runs.programs, args, constants, tile.num_warps)
+
+
+class BackwardPlan(NamedTuple):
+    """What the two kernels of a backward agree on; `slots` of partial sums, see `kernels/backward.py`."""
+
+    noise: str
+    n_draws: int
+    tile: tuning.Tile
+    runs: tuning.Runs
+    span: bool
+    slots: int
+
+
+def _backward_plan(target, n_rows, n_cols, itemsize, seed, draws):
+    noise, n_draws = _draws(seed, n_rows, draws)
+    tile = tuning.tile(n_cols, itemsize, backward=True)
+    runs = tuning.backward_runs(n_rows, n_draws, tile, target.multiprocessors)
+    span = noise == "shared" and runs.span
+    return BackwardPlan(noise, n_draws, tile, runs, span, 4 if span or noise == "merged" else 2)
+
+
+def backward_call(target, plan, rows, dy_rows, parameters, seed, mean, rstd, dx, partial, inner):
+    """The launch of the backward kernel: dx (M, N) and the partial sums (slots, programs, N)."""
+    (n_rows, n_cols), (noise, n_draws, tile, runs, span, _) = rows.shape, plan
+    weight, _, weight_rho, bias_rho, *_ = parameters
+    vec = _vector_width(n_cols, rows, dy_rows)
+    args = (
+        rows, dy_rows, weight, weight_rho, bias_rho, seed, mean, rstd, dx, partial,
+        *([mean.new_empty((n_rows, 2))] if tile.wide else []),
+        rows.stride(0) // vec, dy_rows.stride(0) // vec, n_draws, inner, n_rows // n_draws,
+        runs.run_rows, runs.runs_per_group, runs.group_rows,
+    )  # fmt: skip
+    constants = {
+        "NOISE": noise, "SPAN": span, "ORDER": _order(noise, n_rows, n_draws, inner), "FAST": target.fast,
+        "N": n_cols, "VEC": vec, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
+    }  # fmt: skip
+    kernel = backward_wide_kernel if tile.wide else backward_kernel
+    return Call(kernel, runs.programs, args, constants, tile.num_warps)
+
+
+def finalize_call(target, plan, partial, parameters, seed, dkl, gradients, numbers):
+    """The launch of the finalizer: partial sums to the gradients of the parameters."""
+    _, programs, n_cols = partial.shape
+    block_p, block_n, num_warps = tuning.finalizer_tile(n_cols)
+    args = (partial, *parameters, seed, dkl, *gradients, programs, plan.runs.runs_per_group)
+    constants = {
+        **numbers, "NOISE": plan.noise, "SPAN": plan.span, "FAST": target.fast,
+        "N": n_cols, "BLOCK_P": block_p, "BLOCK_N": block_n,
+    }  # fmt: skip
+    return Call(finalize_kernel, triton.cdiv(n_cols, block_n), args, constants, num_warps)
 
 
 def _rows(x, n_cols):
@@ -110,17 +168,15 @@ def _draws(seed, n_rows, draws):
     return noise, draws if noise == "shared" else 1
 
 
-def _in_order(noise, n_rows, draws, inner):
-    """Whether rows of one draw are neighbours, as they are where the draws' dimension is the outermost one."""
-    return noise != "shared" or draws * inner == n_rows
+def _order(noise, n_rows, draws, inner):
+    """How the rows of one draw lie, see `kernels/rows.py`: neighbours where the draws' dimension is the outermost."""
+    if noise != "shared" or draws * inner == n_rows:
+        return "rows"
+    return "strided" if inner == 1 else "blocked"
 
 
 def _contiguous(*parameters):
     return [None if p is None else p.contiguous() for p in parameters]
-
-
-def _like(parameter):
-    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -131,13 +187,14 @@ def _multiprocessors(device):
 
 @functools.cache
 def _fast(device):
-    """Whether the noise may use NVIDIA's own instructions."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and isinstance(forward_kernel, triton.JITFunction)  # not the interpreter's stand-in
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    """Whether the noise may use NVIDIA's own instructions: those of sm_80, and not in the interpreter."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    native = isinstance(forward_kernel, triton.JITFunction)
+    return nvidia and native and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _target(device):
+    return Target(_multiprocessors(device), _fast(device))
 
 
 def _on_device_of(x):

@@ -1,0 +1,1 @@
+"""Benchmarks; run from the root as `python -m bench.norms`. Not installed with klnorm."""

@@ -1,0 +1,219 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, widths of memory accesses, instructions.
+
+    python -m bench.inspect [--arch sm_90] [--n 1024 4096] [--dtype bf16] [--json FILE] [--check]
+
+The variants are the launches that `klnorm.launch` would make, compiled ahead of time by Triton and read back with the
+disassembler in its wheel. Counts are of the row loop: instructions a thread issues, per element that it normalizes.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from klnorm import launch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.int64: "*i64"}
+ARCHITECTURES = {"sm_80": (80, 108), "sm_90": (90, 132), "sm_100": (100, 148)}  # capability, multiprocessors
+ROWS = 1 << 15
+# Name -> (draws, inner); the rows of "many draws" are dealt so that one program has several.
+MODES = {
+    "eval": (1, ROWS),
+    "shared": (1, ROWS),
+    "shared, many draws": (ROWS // 4, 4),
+    "shared, time first": (64, 1),
+    "shared, middle": (64, 16),
+    "token": (ROWS, 1),
+}
+DEFAULT_WIDTHS = 256, 1024, 4096, 8192, 16384
+
+# Instructions per element of the row loop: DESIGN.md, section 7, a naive prototype's. Evaluation counts as shared.
+BUDGET = {
+    ("forward", "shared"): {1024: 18.2, 4096: 13.8, 8192: 14.1},
+    ("forward", "token"): {1024: 33.8, 4096: 28.6, 8192: 29.3},
+    ("backward", "shared"): {1024: 25.2, 4096: 20.6, 8192: 20.8},
+    ("backward", "token"): {1024: 45.9, 4096: 40.4, 8192: 44.2},
+}
+# Rows of a draw in blocks take a division per row, which that prototype did not have.
+BLOCKS = {"forward": {1024: 4.0, 4096: 1.0, 8192: 0.5}, "backward": {1024: 0.0, 4096: 0.0, 8192: 0.0}}
+CHECKED_WIDTHS = 1024, 4096, 8192
+VECTOR_WIDTHS = 768, 1000, 3072, 5120, 12288
+ROW_SCALARS = 6  # accesses of single numbers of a row in one loop, at most: mean, rstd, row sums
+
+
+def calls(n_cols, dtype, mode, multiprocessors):
+    """Kind -> the `launch.Call` that klnorm would make for ROWS x n_cols in this mode, on tensors without memory."""
+    target = launch.Target(multiprocessors, True)
+
+    def tensor(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    acc = launch.accumulation_dtype(tensor(dtype=dtype))
+    draws, inner = MODES[mode]
+    rows, statistics, kl = tensor(ROWS, n_cols, dtype=dtype), tensor(ROWS, dtype=acc), tensor(dtype=acc)
+    parameters, seed = [tensor(n_cols)] * 6, None if mode == "eval" else tensor(1, dtype=torch.int64)
+    numbers = {"weight_prior": 0.0, "bias_prior": 0.0, "prior_std": 0.1}
+    forward = launch.forward_call(
+        target, rows, parameters, seed, rows, statistics, statistics, kl, {**numbers, "eps": 1e-5}, draws, inner
+    )
+    plan = launch._backward_plan(target, ROWS, n_cols, rows.element_size(), seed, draws)
+    partial = tensor(plan.slots, plan.runs.programs, n_cols, dtype=acc)
+    backward = launch.backward_call(
+        target, plan, rows, rows, parameters, seed, statistics, statistics, rows, partial, inner
+    )
+    finalize = launch.finalize_call(target, plan, partial, parameters, seed, kl, parameters[:4], numbers)
+    return {"forward": forward, "backward": backward, "finalize": finalize}
+
+
+def compile_ahead(call, capability):
+    """The compiled kernel of a call, with the types and alignments that Triton's launcher would find."""
+    names = call.kernel.arg_names
+    signature, constants, attributes = dict.fromkeys(names, "constexpr"), dict(call.constants), {}
+    for i, (name, value) in enumerate(zip(names, call.args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+        else:
+            constants[name] = None
+    source = ASTSource(call.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": call.num_warps})
+
+
+def disassemble(cubin, *options):
+    """Output of the disassembler that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def row_loops(sass):
+    """Opcodes of every innermost loop over rows: one that loads, and that stores or sums along a row."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
+    jumps = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
+    loops = {(first, last) for first, last in jumps if first < last}
+    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[opcode(text) for at, text in code if first <= at <= last] for first, last in sorted(innermost)]
+    return [ops for ops in bodies if count(ops, "LDG|LDGSTS") and count(ops, "STG|SHFL")]
+
+
+def opcode(text):
+    """IMAD.WIDE.U32 of "@!P0 IMAD.WIDE.U32 R2, R3, ..."."""
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+def count(ops, pattern):
+    return sum(bool(re.match(rf"(?:{pattern})(?:\.|$)", op)) for op in ops)
+
+
+def access_widths(ops):
+    """Bytes per thread -> number of global loads and stores of that width."""
+    widths = Counter()
+    for op in ops:
+        if re.match(r"(LDG|STG|LDGSTS)(\.|$)", op):
+            parts = op.split(".")
+            narrow = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+            widths[next((narrow[p] for p in parts if p in narrow), 4)] += 1
+    return dict(sorted(widths.items()))
+
+
+def inspect(variant):
+    """A row of figures for (n_cols, dtype name, mode, kind, architecture)."""
+    n_cols, dtype, mode, kind, arch = variant
+    capability, multiprocessors = ARCHITECTURES[arch]
+    call = calls(n_cols, DTYPES[dtype], mode, multiprocessors)[kind]
+    compiled = compile_ahead(call, capability)
+    usage = disassemble(compiled.asm["cubin"], "-res-usage")
+    registers, stack, shared, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()
+    )
+    loops = row_loops(disassemble(compiled.asm["cubin"], "-sass")) if kind != "finalize" else []
+    ops = list(itertools.chain(*loops))
+    tile = call.constants.get("BLOCK_M", 0) * min(call.constants["BLOCK_N"], n_cols)
+    per_element = tile / (32 * call.num_warps) or float("nan")
+    figures = {
+        "total": len(ops),
+        "multiply": count(ops, "IMAD|UIMAD|XMAD"),
+        "special": count(ops, "MUFU"),
+        "memory": count(ops, "LDG|STG|LDGSTS|LDS|STS|LDL|STL"),
+    }
+    return {
+        "n": n_cols, "dtype": dtype, "mode": mode, "kind": kind, "arch": arch, "kernel": call.kernel.fn.__name__,
+        "warps": call.num_warps, "registers": registers, "stack": stack, "local": local,
+        "shared": max(shared, compiled.metadata.shared), "loops": len(loops), "widths": access_widths(ops),
+        **{name: round(figure / per_element, 2) if loops else None for name, figure in figures.items()},
+    }  # fmt: skip
+
+
+def check(rows):
+    """What is past the budget, as messages."""
+    for row in rows:
+        name = f"{row['kind']} {row['mode']} N={row['n']} {row['dtype']} {row['arch']}"
+        if row["n"] == 8192 and (row["stack"] or row["local"]):
+            yield f"{name}: {row['stack']} bytes of stack and {row['local']} of local memory, budget 0"
+        if row["kind"] == "finalize":
+            continue
+        budget = BUDGET[row["kind"], "token" if row["mode"] == "token" else "shared"].get(row["n"])
+        if budget is not None and row["total"] > budget:
+            yield f"{name}: {row['total']} instructions per element, budget {budget}"
+        narrow = {width: number for width, number in row["widths"].items() if width < 16}
+        if sum(narrow.values()) > ROW_SCALARS * row["loops"] or set(narrow) - {4}:
+            yield f"{name}: accesses of {row['widths']}, budget 16 bytes but for numbers of a row"
+
+
+def show(rows):
+    columns = [
+        "n", "mode", "kind", "warps", "registers", "stack", "local", "shared",
+        "total", "multiply", "special", "memory", "widths",
+    ]  # fmt: skip
+    cells = [columns] + [["" if row[c] is None else str(row[c]) for c in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
+    parser.add_argument("--n", type=int, nargs="+")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--check", action="store_true", help="compare with the budget; exit 1 past it")
+    parser.add_argument("--jobs", type=int, help="compilations at once (default: one per core)")
+    args = parser.parse_args(argv)
+    if not isinstance(launch.forward_kernel, triton.JITFunction):
+        parser.error("TRITON_INTERPRET is set: there is nothing to compile in the interpreter")
+
+    widths = args.n or ((*CHECKED_WIDTHS, *VECTOR_WIDTHS) if args.check else DEFAULT_WIDTHS)
+    kinds = "forward", "backward", "finalize"
+    variants = [(n, args.dtype, mode, kind, args.arch) for n in widths for kind in kinds for mode in MODES]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(inspect, variants))
+    print(f"{args.arch}, x {args.dtype}, parameters fp32, triton {triton.__version__}; per element of the row loop")
+    show(rows)
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    past = list(check(rows)) if args.check else []
+    for message in past:
+        print(f"past the budget: {message}")
+    return 1 if past else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

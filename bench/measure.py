@@ -1,0 +1,148 @@
+"""One case: buffers, the gate, times, memory. Works on the CPU too, with a clock that is not a GPU's."""
+
+import gc
+
+import torch
+
+from .cases import DTYPES, sets_beyond, traffic
+from .check import Wrong, check, output_gradients
+from .contestants import CONTESTANTS, make_values
+from .saved import saved_bytes
+from .timing import MOST_CALLS, measure, wall
+
+DIRECTIONS = "forward", "backward", "both"
+
+
+class Buffers:
+    """`sets` of x and dy for a case; call(i) uses set i % sets."""
+
+    def __init__(self, case, device, sets):
+        generator = torch.Generator(device=device).manual_seed(1)
+        shape = case.shape.samples, case.shape.rows, case.shape.width
+        dtype = getattr(torch, DTYPES[case.dtype])
+
+        def normal(shift):
+            return (torch.randn(shape, generator=generator, device=device) + shift).to(dtype)
+
+        self.xs = [normal(0.5).requires_grad_() for _ in range(sets)]
+        self.dys = [normal(0.0) for _ in range(sets)]
+
+
+def calls(layer, buffers):
+    """{direction: function that makes its call}; each holds as many results as there are buffers, so they rotate too."""
+    sets = len(buffers.xs)
+
+    def forward():
+        kept = [None] * sets
+
+        def call(i):
+            kept[i % sets] = layer.forward(buffers.xs[i % sets])
+
+        return call
+
+    def backward():
+        graphs = [layer.forward(x) for x in buffers.xs]
+        cotangents = [output_gradients(outputs, dy) for outputs, dy in zip(graphs, buffers.dys, strict=True)]
+        kept = [None] * sets
+
+        def call(i):
+            s = i % sets
+            leaves = [buffers.xs[s], *layer.parameters.values()]
+            kept[s] = torch.autograd.grad(graphs[s], leaves, cotangents[s], retain_graph=True)
+
+        return call
+
+    def both():
+        kept = [None] * sets
+
+        def call(i):
+            s = i % sets
+            outputs = layer.forward(buffers.xs[s])
+            leaves = [buffers.xs[s], *layer.parameters.values()]
+            kept[s] = torch.autograd.grad(outputs, leaves, output_gradients(outputs, buffers.dys[s]))
+
+        return call
+
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def prepare(case, device, sets):
+    """The layer and its buffers, past the gate."""
+    contestant = CONTESTANTS[case.contestant]
+    layer = contestant.build(case, make_values(case.shape.width, device), device)
+    buffers = Buffers(case, device, sets)
+    check(layer, case, contestant.family, buffers.xs[0], buffers.dys[0])
+    return layer, buffers
+
+
+def compile_case(case):
+    """One forward and backward of a case on the GPU, for what it leaves in the compilers' caches."""
+    device = torch.device("cuda")
+    layer = CONTESTANTS[case.contestant].build(case, make_values(case.shape.width, device), device)
+    calls(layer, Buffers(case, device, 1))["both"]()(0)
+    torch.cuda.synchronize()
+
+
+def measure_case(case, clock, device, cache_bytes):
+    """The record of a case. `status`: "ok"; "wrong", then nothing was timed; "failed", where it raised an error."""
+    record = {
+        "contestant": case.contestant, "noise": case.noise, "dtype": case.dtype, "shape": str(case.shape),
+        "samples": case.shape.samples, "n_rows": case.shape.n_rows, "width": case.shape.width,
+        "elements": case.shape.elements, "status": "ok", "why": None, "parameter_dtype": None,
+        "forward": None, "backward": None, "both": None, "wall_ms": None, "peak_bytes": None, "saved_bytes": None,
+    }  # fmt: skip
+    try:
+        _measure(record, case, clock, device, cache_bytes)
+    except Wrong as wrong:
+        record |= {"status": "wrong", "why": str(wrong)}
+    except Exception as error:  # a peer may raise anything, and must not end the run
+        record |= {"status": "failed", "why": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    gc.collect()
+    return record
+
+
+def _measure(record, case, clock, device, cache_bytes):
+    itemsize = getattr(torch, DTYPES[case.dtype]).itemsize
+    sets = sets_beyond(cache_bytes, case.shape.elements * itemsize, MOST_CALLS)
+    layer, buffers = prepare(case, device, sets)
+    record["parameter_dtype"] = str(layer.parameters["weight"].dtype).removeprefix("torch.")
+    # Twice: what a first call initializes is not what a call saves.
+    state = [*layer.parameters.values(), *layer.buffers]
+    record["saved_bytes"] = [saved_bytes(layer.forward, buffers.xs[0], state) for _ in range(2)][1][2]
+    for direction, make in calls(layer, buffers).items():
+        call = make()
+        timing = measure(call, clock)
+        gbps = traffic(case, direction, itemsize) / timing.median_ms / 1e6
+        record[direction] = {**timing._asdict(), "gbps": gbps}
+        if direction == "both":
+            record["wall_ms"] = wall(call, clock)
+        del call
+    record["peak_bytes"] = _peak(calls(layer, buffers)["both"]()) if device.type == "cuda" else None
+
+
+def _peak(call):
+    """Most bytes that one forward and backward allocates beyond x, dy and the parameters."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(0)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def line(record, copy_gbps):
+    """The record as a line of the table on the screen."""
+    start = f"{record['contestant']:<14} {record['noise']:<6} {record['shape']:>12} {record['dtype']}"
+    if record["status"] != "ok":
+        return f"{start}  {record['status'].upper()}: {record['why']}"
+    cells = []
+    for direction in DIRECTIONS:
+        timing = record[direction]
+        percent = f"{100 * timing['gbps'] / copy_gbps:3.0f} %" if copy_gbps else ""
+        cells.append(f"{timing['median_ms']:8.4f} {percent}{'*' if timing['gaps'] else ' '}")
+    peak = "" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**20:8.1f}"
+    return f"{start} {' '.join(cells)} {record['wall_ms']:8.4f} {peak}"
+
+
+HEADER = (
+    f"{'':14} {'noise':<6} {'M x N':>12} dtype  forward ms, of copy; backward; both; wall ms; peak MiB"
+    "   (*: launch gaps included)"
+)

@@ -1,0 +1,109 @@
+"""Bytes that each kind of normalization keeps for backward, and its peak.   Run: python -m bench.memory [--quick]
+
+The bytes saved are exact and need no GPU: autograd hands out each tensor that it keeps. The peak is that of the CUDA
+allocator; on a CPU it is left out, as klnorm's CPU path, written for correctness, says nothing about the kernels' peak.
+"""
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+from . import report
+from .cases import BERT, DTYPES, KL_NOISES, LAYER_NORM, Case, Shape
+from .check import output_gradients
+from .contestants import CONTESTANTS, make_values
+from .saved import saved_bytes
+
+LARGE = Shape(8, 512, 1024)
+LINES = [
+    ("native", LAYER_NORM),
+    *[(name, noise) for name in ("klnorm", "eager", "eager_compiled") for noise in KL_NOISES],
+]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one shape, and nothing under torch.compile")
+    parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of memory.json")
+    parser.add_argument("--name", default="memory.json", help="name of the result file")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = [BERT] if options.quick else [BERT, LARGE]
+    names = [line for line in LINES if not (options.quick and line[0] == "eager_compiled")]
+    cases = [Case(name, noise, shape, dtype) for shape in shapes for dtype in ("bf16", "fp32") for name, noise in names]
+    result = {"environment": report.environment(), "records": []}
+    progress = report.Progress(len(cases))
+    print(f"{report.describe(result['environment'])}\n{HEADER}")
+    for case in cases:
+        progress.begin(case.key)
+        record = count(case, device)
+        result["records"].append(record)
+        report.save(options.output / options.name, result)
+        progress.finish(line(record))
+    if device.type == "cpu":
+        print("The peak is left to a GPU.")
+    print(f"results in {options.output / options.name}")
+    return int(any(r["why"] for r in result["records"] if r["contestant"] == "klnorm"))
+
+
+def count(case, device):
+    """The record of a case: bytes saved for backward (x, parameters and buffers, the rest) and peak."""
+    record = {
+        "contestant": case.contestant, "noise": case.noise, "shape": str(case.shape), "dtype": case.dtype,
+        "n_rows": case.shape.n_rows, "x_bytes": None, "saved_x": None, "saved_parameters": None, "saved_rest": None,
+        "peak_bytes": None, "why": None,
+    }  # fmt: skip
+    try:
+        _count(record, case, device)
+    except Exception as error:
+        record["why"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    gc.collect()
+    return record
+
+
+def _count(record, case, device):
+    layer = CONTESTANTS[case.contestant].build(case, make_values(case.shape.width, device), device)
+    dtype = getattr(torch, DTYPES[case.dtype])
+    shape = case.shape.samples, case.shape.rows, case.shape.width
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    dy = torch.randn(shape, device=device).to(dtype)
+    step = _step(layer, x, dy)
+    step()  # compiles; what a first call initializes is not what a call keeps
+    names = "saved_x", "saved_parameters", "saved_rest"
+    saved = saved_bytes(layer.forward, x, [*layer.parameters.values(), *layer.buffers])
+    record |= {"x_bytes": x.numel() * x.element_size(), **dict(zip(names, saved, strict=True))}
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        record["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+
+
+def _step(layer, x, dy):
+    """One forward and backward."""
+    leaves = [x, *layer.parameters.values()]
+
+    def step():
+        outputs = layer.forward(x)
+        torch.autograd.grad(outputs, leaves, output_gradients(outputs, dy))
+
+    return step
+
+
+HEADER = f"{'':14} {'noise':<6} {'M x N':>10} dtype {'x':>12} {'parameters':>12} {'rest':>12}  rest / x        peak   (bytes)"
+
+
+def line(record):
+    start = f"{record['contestant']:<14} {record['noise']:<6} {record['shape']:>10} {record['dtype']} "
+    if record["why"]:
+        return f"{start} FAILED: {record['why']}"
+    saved = " ".join(f"{record[key]:12d}" for key in ("saved_x", "saved_parameters", "saved_rest"))
+    peak = "-" if record["peak_bytes"] is None else record["peak_bytes"]
+    return f"{start} {saved} {record['saved_rest'] / record['x_bytes']:9.4f} {peak:>12}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

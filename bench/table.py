@@ -1,0 +1,58 @@
+"""The README's table of results, from a result file.   Run: python -m bench.table bench/results/FILE.json"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .cases import KLNORM_NOISES
+from .contestants import CONTESTANTS
+from .report import describe, markdown
+from .targets import is_target_case, lines, speed_ratios
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path, help="norms.json of a run of bench.norms")
+    print(render(json.loads(parser.parse_args(arguments).result.read_text(encoding="utf-8"))))
+    return 0
+
+
+def render(result):
+    """Markdown: where and when, share of the copy bandwidth, speed-up over the contestants, targets."""
+    parts = [
+        f"{describe(result['environment'])}, {result['environment']['time'][:10]}. Device time, bf16 `x` beside fp32 "
+        f"parameters, M x N >= 64 Mi; the copy bandwidth of the run is {result['copy_gbps']:.0f} GB/s."
+    ]
+    large = [r for r in result["records"] if r["status"] == "ok" and is_target_case(r)]
+    for direction in "forward", "backward":
+        parts.append(f"Share of the copy bandwidth, {direction}:\n\n{_shares(large, direction, result['copy_gbps'])}")
+    parts.append(f"How many times faster, forward and backward, batch noise with KL:\n\n{_speedups(result['records'])}")
+    parts.append("```\n" + "\n".join(lines(result["targets"])) + "\n```")
+    return "\n\n".join(parts)
+
+
+def _shares(records, direction, copy_gbps):
+    found = {
+        (r["noise"], r["width"]): f"{100 * r[direction]['gbps'] / copy_gbps:.0f} %"
+        for r in records
+        if r["contestant"] == "klnorm"
+    }
+    widths = sorted({width for _, width in found})
+    rows = [[noise, *(found.get((noise, n), "") for n in widths)] for noise in KLNORM_NOISES]
+    return markdown(["noise", *(f"N={n}" for n in widths)], rows)
+
+
+def _speedups(records):
+    ratios = {name: speed_ratios(records, name) for name in CONTESTANTS if name != "klnorm"}
+    widths = sorted({width for by_width in ratios.values() for width in by_width})
+    rows = [
+        [CONTESTANTS[name].label, *(f"{1 / by_width[n]:.2f}" if n in by_width else "" for n in widths)]
+        for name, by_width in ratios.items()
+        if by_width
+    ]
+    return markdown(["over", *(f"N={n}" for n in widths)], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The targets, and which of them a set of results meets.
+
+All but the wall time and the memory are for bf16 x beside fp32 parameters, M * N >= 64 Mi elements, device time. A target
+that covers several shapes or noise modes is met if the worst of them meets it.
+"""
+
+import math
+from typing import NamedTuple
+
+from .cases import BERT, TARGET_ELEMENTS
+
+SHARED = "eval", "batch", "sample"
+
+
+class Bandwidth(NamedTuple):
+    """At least this fraction of the copy bandwidth, for widths from `narrowest` to `widest`."""
+
+    direction: str
+    noises: tuple
+    narrowest: int
+    widest: int
+    fraction: float
+
+
+BANDWIDTH = [
+    Bandwidth("forward", SHARED, 256, 256, 0.80),
+    Bandwidth("forward", SHARED, 1024, 8192, 0.92),
+    Bandwidth("forward", SHARED, 16384, 65536, 0.85),
+    Bandwidth("forward", ("token",), 256, 256, 0.60),
+    Bandwidth("forward", ("token",), 1024, 8192, 0.75),
+    Bandwidth("forward", ("token",), 16384, 65536, 0.70),
+    Bandwidth("backward", SHARED, 256, 256, 0.70),
+    Bandwidth("backward", SHARED, 1024, 8192, 0.85),
+    Bandwidth("backward", SHARED, 16384, 65536, 0.70),
+    Bandwidth("backward", ("token",), 256, 256, 0.55),
+    Bandwidth("backward", ("token",), 1024, 8192, 0.75),
+    Bandwidth("backward", ("token",), 16384, 65536, 0.60),
+]
+# Forward and backward of klnorm, batch noise, with KL: at most this multiple of the contestant's time.
+RATIO = {
+    "native": 0.65,
+    "compiled": 0.90,
+    "apex_fused": 0.80,
+    "liger": 0.60,
+    "quack": 1.05,
+    "eager": 0.12,
+    "eager_compiled": 0.60,
+}
+WALL_RATIO = 1.5  # of one forward and backward call at 8 x 128 x 768, to nn.LayerNorm
+SAVED_BYTES_PER_ROW = 8  # for backward, beyond x, the parameters and an 8-byte seed
+
+
+def evaluate(records, copy_gbps):
+    """A dict per target: name, wanted, measured (None if nothing was), met, at (the worst place)."""
+    done = [r for r in records if r["status"] == "ok"]
+    verdicts = [_bandwidth(target, done, copy_gbps) for target in BANDWIDTH]
+    verdicts += [_ratio(contestant, limit, done) for contestant, limit in RATIO.items()]
+    return [*verdicts, _wall(done), _memory(done)]
+
+
+def is_target_case(record):
+    return record["dtype"] == "bf16" and record["elements"] >= TARGET_ELEMENTS
+
+
+def speed_ratios(records, contestant):
+    """{width: time of klnorm, batch noise, with KL, over that of the contestant}, forward and backward, large shapes."""
+    ok = [r for r in records if r["status"] == "ok" and is_target_case(r) and r["noise"] in ("batch", "none")]
+    times = {(r["contestant"], r["shape"]): r["both"]["median_ms"] for r in ok}
+    width = {r["shape"]: r["width"] for r in ok}
+    ours = {shape: ms for (name, shape), ms in times.items() if name == "klnorm"}
+    return {width[s]: ms / times[contestant, s] for s, ms in ours.items() if (contestant, s) in times}
+
+
+def _verdict(name, wanted, found, at_least):
+    """`found`: {place: value}; the worst one counts."""
+    if not found:
+        return {"target": name, "wanted": wanted, "measured": None, "met": None, "at": None}
+    place = (min if at_least else max)(found, key=found.get)
+    value = found[place]
+    met = value >= wanted if at_least else value <= wanted
+    return {"target": name, "wanted": wanted, "measured": value, "met": met, "at": str(place)}
+
+
+def _bandwidth(target, records, copy_gbps):
+    direction, noises, narrowest, widest, fraction = target
+    found = {
+        f"N={r['width']}, {r['noise']}": r[direction]["gbps"] / copy_gbps
+        for r in records
+        if r["contestant"] == "klnorm" and r["noise"] in noises
+        if is_target_case(r) and narrowest <= r["width"] <= widest
+    }
+    widths = f"N={narrowest}" if narrowest == widest else f"N={narrowest} to {widest}"
+    return _verdict(f"{direction}, {'/'.join(noises)}, {widths}: share of copy", fraction, found, at_least=True)
+
+
+def _ratio(contestant, limit, records):
+    found = {f"N={width}": ratio for width, ratio in speed_ratios(records, contestant).items()}
+    return _verdict(f"forward+backward, batch: time over {contestant}", limit, found, at_least=False)
+
+
+def _wall(records):
+    walls = {r["contestant"]: r["wall_ms"] for r in records if r["shape"] == str(BERT) and r["noise"] in ("batch", "none")}
+    found = {str(BERT): walls["klnorm"] / walls["native"]} if {"klnorm", "native"} <= walls.keys() else {}
+    return _verdict("wall time of a call: over native", WALL_RATIO, found, at_least=False)
+
+
+def _memory(records):
+    found = {
+        f"{r['shape']} {r['dtype']}, {r['noise']}": math.ceil(max(0, r["saved_bytes"] - 8) / r["n_rows"])
+        for r in records
+        if r["contestant"] == "klnorm" and r["noise"] != "eval" and r["saved_bytes"] is not None
+    }
+    return _verdict("bytes per row saved beyond x, parameters, seed", SAVED_BYTES_PER_ROW, found, at_least=False)
+
+
+def lines(verdicts):
+    """One printed line per target."""
+    for v in verdicts:
+        result = {True: "met", False: "MISSED", None: "not measured"}[v["met"]]
+        measured = "     -" if v["measured"] is None else f"{v['measured']:6.3f}"
+        yield f"{v['target']:<62} {measured}  target {v['wanted']:<5g} {result}" + (f" ({v['at']})" if v["at"] else "")
