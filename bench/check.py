@@ -1,13 +1,13 @@
 """The gate: output and gradients of every contestant against fp64 formulas, before it may be timed.
 
-The reference goes through the rows in chunks, so that it fits beside a large input. klnorm must reproduce the reference's
-own noise from the seed that it saved. An eager KL-Norm draws noise that nobody can know afterwards; it is checked in
-two steps: with deviations near 0 it must agree with the reference, and with its own deviations
+The reference goes through the rows in chunks, so that it fits beside a large input. klnorm must have the reference's
+noise for the seed that it saved. An eager KL-Norm draws noise that nobody can know afterwards; it is checked in two
+steps: with deviations near 0 it must agree with the reference, and with its own deviations
 
     sum_r dy * y  =  weight dweight + bias dbias + s ds + t dt      feature by feature
 
-must hold, because y is linear in (weight, bias, s, t) for given noise, and (y - weight xhat - bias) / sqrt(s^2 xhat^2 + t^2)
-must have the variance 1.
+must hold, because y is linear in (weight, bias, s, t) for given noise, and (y - weight xhat - bias)^2 must be
+s^2 xhat^2 + t^2 in the mean.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The contestants: klnorm, its peers, and KL-Norm as a user would write it. Each is built with the same values.
 
-klnorm, the eager KL-Norms, Liger, quack and flash-linear-attention take x in bf16 or fp16 beside fp32 parameters. Native
-and apex do not, or leave their fast path: their parameters have the dtype of x, which favours them.
+klnorm, the eager KL-Norms, Liger, quack and flash-linear-attention take x in bf16 or fp16 beside fp32 parameters.
+Native and apex do not, or leave their fast path: their parameters have the dtype of x, which favours them.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from importlib import import_module
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 
 import klnorm
 
@@ -99,7 +100,7 @@ def compiled(build):
         # Past a limit of recompilations torch would fall back to eager without a word: begin afresh.
         torch._dynamo.reset()
         # Backward is timed over and over on one graph, which donated buffers do not allow.
-        torch._functorch.config.donated_buffer = False
+        functorch_config.donated_buffer = False
         layer = build(case, values, device)
         return Layer(torch.compile(layer.forward, fullgraph=True, dynamic=False), layer.parameters, layer.buffers)
 

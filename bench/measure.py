@@ -29,7 +29,7 @@ class Buffers:
 
 
 def calls(layer, buffers):
-    """{direction: function that makes its call}; each holds as many results as there are buffers, so they rotate too."""
+    """{direction: function that makes its call}; a call holds as many results as there are buffers: they rotate too."""
     sets = len(buffers.xs)
 
     def forward():
@@ -75,12 +75,11 @@ def prepare(case, device, sets):
     return layer, buffers
 
 
-def compile_case(case):
-    """One forward and backward of a case on the GPU, for what it leaves in the compilers' caches."""
-    device = torch.device("cuda")
+def compile_case(case, device="cuda"):
+    """One forward and backward of a case, for what it leaves in the compilers' caches."""
+    device = torch.device(device)
     layer = CONTESTANTS[case.contestant].build(case, make_values(case.shape.width, device), device)
     calls(layer, Buffers(case, device, 1))["both"]()(0)
-    torch.cuda.synchronize()
 
 
 def measure_case(case, clock, device, cache_bytes):

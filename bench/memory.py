@@ -93,7 +93,9 @@ def _step(layer, x, dy):
     return step
 
 
-HEADER = f"{'':14} {'noise':<6} {'M x N':>10} dtype {'x':>12} {'parameters':>12} {'rest':>12}  rest / x        peak   (bytes)"
+HEADER = (
+    f"{'bytes:':14} {'noise':<6} {'M x N':>10} dtype {'x':>12} {'parameters':>12} {'rest':>12}  rest / x{'peak':>13}"
+)
 
 
 def line(record):

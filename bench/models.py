@@ -1,4 +1,4 @@
-"""Models for the training step, with random weights: transformers' own where it is installed, else of the same sizes."""
+"""Models for the training step, random weights: those of transformers where it is installed, else of the same sizes."""
 
 from dataclasses import dataclass
 

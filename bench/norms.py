@@ -1,8 +1,8 @@
 """Time klnorm and its peers on a GPU.   Run: python -m bench.norms [--quick] [--output DIR]
 
-Checks every contestant's output and gradients, then measures device time, wall time and memory; what is measured and how
-stands in cases.py, check.py and timing.py. Everything that finished is in DIR/norms.json after every case. Without a GPU
-it runs the inspector of compiled kernels and the memory comparison.
+Checks every contestant's output and gradients, then measures device time, wall time and memory; what is measured and
+how stands in cases.py, check.py and timing.py. Everything that finished is in DIR/norms.json after every case. Without
+a GPU it runs the inspector of compiled kernels and the memory comparison.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .targets import evaluate, lines
 from .timing import CudaClock
 from .warm import warm
 
-WARM_SHARE = 0.3  # of the time budget, for compiling ahead
+WARM_SHARE = 0.4  # of the time budget, for compiling ahead
 
 
 def main(arguments=None):
@@ -39,7 +39,9 @@ def parse(arguments):
     parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of results (default: bench_out)")
     parser.add_argument("--only", default="", help="cases whose name, contestant/noise/MxN/dtype, contains this")
     parser.add_argument("--minutes", type=float, help="stop measuring after so many (default: 20, with --quick 1)")
-    parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that compile")
+    parser.add_argument(
+        "--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that compile"
+    )
     options = parser.parse_args(arguments)
     options.minutes = options.minutes or (1 if options.quick else 20)
     return options

@@ -1,7 +1,7 @@
 """The targets, and which of them a set of results meets.
 
-All but the wall time and the memory are for bf16 x beside fp32 parameters, M * N >= 64 Mi elements, device time. A target
-that covers several shapes or noise modes is met if the worst of them meets it.
+All but the wall time and the memory are for bf16 x beside fp32 parameters, M * N >= 64 Mi elements, device time. A
+target that covers several shapes or noise modes is met if the worst of them meets it.
 """
 
 import math
@@ -63,7 +63,7 @@ def is_target_case(record):
 
 
 def speed_ratios(records, contestant):
-    """{width: time of klnorm, batch noise, with KL, over that of the contestant}, forward and backward, large shapes."""
+    """{width: time of klnorm over that of the contestant}: forward and backward, batch noise with KL, large shapes."""
     ok = [r for r in records if r["status"] == "ok" and is_target_case(r) and r["noise"] in ("batch", "none")]
     times = {(r["contestant"], r["shape"]): r["both"]["median_ms"] for r in ok}
     width = {r["shape"]: r["width"] for r in ok}
@@ -99,7 +99,9 @@ def _ratio(contestant, limit, records):
 
 
 def _wall(records):
-    walls = {r["contestant"]: r["wall_ms"] for r in records if r["shape"] == str(BERT) and r["noise"] in ("batch", "none")}
+    walls = {
+        r["contestant"]: r["wall_ms"] for r in records if r["shape"] == str(BERT) and r["noise"] in ("batch", "none")
+    }
     found = {str(BERT): walls["klnorm"] / walls["native"]} if {"klnorm", "native"} <= walls.keys() else {}
     return _verdict("wall time of a call: over native", WALL_RATIO, found, at_least=False)
 
