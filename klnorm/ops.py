@@ -94,20 +94,25 @@ class KLLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dkl):
         ctx.consumed = True  # tells klnorm.kl that this graph is spent
-        return *_Gradients.apply(dy, dkl, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
+        gradients = _GradientsOnce.apply if torch.is_grad_enabled() else _gradients
+        return *gradients(dy, dkl, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
 
 
-class _Gradients(torch.autograd.Function):
-    """The first derivatives. They have no derivatives of their own, which must raise rather than come out as zero."""
+def _gradients(dy, dkl, x, weight, bias, *args):
+    dx, dweight, dbias, dweight_rho, dbias_rho = _backward(dy, dkl, x, weight, bias, *args)
+    if dy is None:
+        dx = None
+    if bias is None:
+        dbias = dbias_rho = None
+    return dx, dweight, dbias, dweight_rho, dbias_rho
+
+
+class _GradientsOnce(torch.autograd.Function):
+    """The gradients where autograd records (create_graph=True): their derivatives must raise, not come out as zero."""
 
     @staticmethod
-    def forward(ctx, dy, dkl, x, weight, bias, *args):
-        dx, dweight, dbias, dweight_rho, dbias_rho = _backward(dy, dkl, x, weight, bias, *args)
-        if dy is None:
-            dx = None
-        if bias is None:
-            dbias = dbias_rho = None
-        return dx, dweight, dbias, dweight_rho, dbias_rho
+    def forward(ctx, *args):
+        return _gradients(*args)
 
     @staticmethod
     def backward(ctx, *_):

@@ -4,6 +4,7 @@ multiprocessors.
 Tiles and warps depend on the width and the dtype only, so a row's result never depends on the batch it is in.
 """
 
+import functools
 from typing import NamedTuple
 
 REGISTER_WIDTH = 8192  # widest row kept whole in registers
@@ -39,6 +40,7 @@ def next_power_of_2(n):
     return 1 << max(0, n - 1).bit_length()
 
 
+@functools.lru_cache(1024)
 def tile(n_cols, itemsize, backward=False):
     """The tile for rows of `n_cols` features of `itemsize` bytes."""
     if n_cols > (REGISTER_WIDTH_FP64 if itemsize == 8 else REGISTER_WIDTH):
@@ -48,6 +50,7 @@ def tile(n_cols, itemsize, backward=False):
     return Tile(block_m, block_n, min(16, max(4, block_n // 512)), 1, False)
 
 
+@functools.lru_cache(1024)
 def forward_runs(n_rows, draws, tile, row_bytes, multiprocessors):
     """Runs of the forward kernel: short, so that programs even out; wide ones small enough to be read again from L2."""
     programs = 8 * multiprocessors * max(1, 16 // tile.num_warps)
@@ -57,6 +60,7 @@ def forward_runs(n_rows, draws, tile, row_bytes, multiprocessors):
     return _deal(n_rows, draws, tile.block_m, programs)
 
 
+@functools.lru_cache(1024)
 def backward_runs(n_rows, draws, tile, multiprocessors):
     """Runs of the backward kernel: no more programs than are resident at once, as each writes partial sums."""
     return _deal(n_rows, draws, tile.block_m, multiprocessors * max(1, 16 // tile.num_warps))

@@ -339,6 +339,10 @@ def test_warm_function_runs():
 LINES = [("klnorm", "batch"), ("klnorm", "token"), ("native", LAYER_NORM), ("eager", "batch"), ("liger", LAYER_NORM)]
 
 
+def breaks(case, values, device):
+    raise RuntimeError("not today")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(result, folder, printed text, exit status) of a run over tiny shapes that pass for large ones."""
@@ -348,6 +352,8 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(targets, "TARGET_ELEMENTS", 24 * 16)
+        patch.setitem(CONTESTANTS, "liger", contestants.Contestant("Liger", "layer_norm", breaks))
+        patch.setitem(CONTESTANTS, "fla", contestants.Contestant("fla", "layer_norm", breaks, ("not_there",)))
         patch.setattr(norms, "plan", lambda families, quick: cases)
         patch.setattr("sys.stdout", text)
         status = norms.run(norms.parse(["--output", str(folder)]), CPU, FakeClock([0.25]))
@@ -360,8 +366,8 @@ def test_run_records_everything(finished):
     assert len(result["records"]) == 2 * len(LINES)
     assert {"device", "driver", "versions", "commit", "time"} <= result["environment"].keys()
     for record in result["records"]:
-        if record["contestant"] == "liger":  # not installed here, or without a GPU
-            assert record["status"] == "failed"
+        if record["contestant"] == "liger":
+            assert (record["status"], record["why"]) == ("failed", "RuntimeError: not today")
             continue
         assert record["status"] == "ok", record["why"]
         for direction, bytes_per_element in ("forward", 4), ("backward", 6), ("both", 10):
@@ -369,7 +375,7 @@ def test_run_records_everything(finished):
             assert timed["p20_ms"] == timed["median_ms"] == timed["p80_ms"] == 0.25
             assert timed["gbps"] == pytest.approx(bytes_per_element * record["elements"] / 0.25e-3 / 1e9)
         assert record["wall_ms"] == 0.5
-    assert "absent: apex FusedLayerNorm" in text
+    assert "absent: fla (ModuleNotFoundError" in text
     assert "klnorm         token         24x16 bf16" in text
 
 
