@@ -255,6 +255,11 @@ def test_memory_counts_a_storage_once():
     assert memory.saved_bytes(lambda v: v * v + v.view(8, 4).view(4, 8) * v, x, []) == (4 * 8 * 4, 0, 0)
 
 
+def test_memory_counts_what_a_view_keeps_alive():
+    x = torch.randn(4, 8, requires_grad=True)
+    assert memory.saved_bytes(lambda v: (v + 1)[:1].square(), x, []) == (0, 0, 4 * 8 * 4)
+
+
 def test_memory_writes_its_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "BERT", TINY)
     assert memory.main(["--quick", "--output", str(tmp_path)]) == 0
@@ -394,8 +399,7 @@ def test_run_evaluates_targets(finished):
 
 
 def test_run_draws_its_plot(finished):
-    from matplotlib.image import imread
-
+    imread = pytest.importorskip("matplotlib.image").imread
     _, folder, _, _ = finished
     assert (folder / "norms.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert imread(folder / "norms.png")[..., :3].std() > 0.05
