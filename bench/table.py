@@ -1,4 +1,4 @@
-"""The README's table of results, from a result file.   Run: python -m bench.table bench/results/FILE.json"""
+"""The README's tables, from result files.   Run: python -m bench.table bench/results/FILE.json"""
 
 import argparse
 import json
@@ -13,9 +13,24 @@ from .targets import is_target_case, lines, speed_ratios
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="norms.json of a run of bench.norms")
-    print(render(json.loads(parser.parse_args(arguments).result.read_text(encoding="utf-8"))))
+    parser.add_argument("result", type=Path, help="result file of bench.norms or bench.memory")
+    result = json.loads(parser.parse_args(arguments).result.read_text(encoding="utf-8"))
+    print(render_memory(result) if "saved_rest" in result["records"][0] else render(result))
     return 0
+
+
+def render_memory(result):
+    """Markdown: what each contestant keeps for backward beside `x` and the parameters, at the largest bf16 shape."""
+    bf16 = [r for r in result["records"] if r["dtype"] == "bf16" and r["saved_rest"] is not None]
+    largest = [r for r in bf16 if r["x_bytes"] == max(r["x_bytes"] for r in bf16)]
+    noises = list(dict.fromkeys(r["noise"] for r in largest if r["noise"] != "none"))
+    rows = []
+    for name in dict.fromkeys(r["contestant"] for r in largest):
+        kept = {r["noise"]: r["saved_rest"] for r in largest if r["contestant"] == name}
+        cells = (f"{kept.get(noise, kept.get('none')):,}" for noise in noises)
+        rows.append([CONTESTANTS[name].label, *cells])
+    header = f"bytes beside x ({largest[0]['x_bytes']:,}) and parameters, {largest[0]['shape']} bf16"
+    return markdown([header, *(f"{noise} noise" for noise in noises)], rows)
 
 
 def render(result):

@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bench import table
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_memory_table_is_that_of_the_result_file(capsys):
+    table.main(["bench/results/memory_cpu.json"])
+    assert capsys.readouterr().out.strip() in README
 
 
 def test_example():
