@@ -93,7 +93,7 @@ def compile_ahead(call, capability):
             constants[name] = None
     source = ASTSource(call.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": call.num_warps})
+    return triton.compile(source, target=target, options=call.options)
 
 
 def disassemble(cubin, *options):

@@ -35,8 +35,13 @@ class Call(NamedTuple):
     constants: dict
     num_warps: int
 
+    @property
+    def options(self):
+        """Of the compiler; fused multiply-adds explicitly, since Triton's default for them changes with its version."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
     def launch(self):
-        self.kernel[(self.grid,)](*self.args, **self.constants, num_warps=self.num_warps)
+        self.kernel[(self.grid,)](*self.args, **self.constants, **self.options)
 
 
 def forward(
