@@ -71,7 +71,7 @@ def kl_layer_norm(
     Example:
         >>> x, weight, bias = torch.randn(4, 5, 8), torch.ones(8), torch.zeros(8)
         >>> rho = torch.full((8,), -3.0)
-        >>> y, kl = kl_layer_norm(x, 8, weight, bias, rho, rho, noise="token")
+        >>> y, kl = klnorm.functional.kl_layer_norm(x, 8, weight, bias, rho, rho, noise="token")
         >>> y.shape, kl.shape
         (torch.Size([4, 5, 8]), torch.Size([]))
     """

@@ -72,7 +72,9 @@ def kl_divergence(model, *, check_finite=True):
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
-        >>> loss = F.cross_entropy(model(x), target) + klnorm.kl_divergence(model) / num_examples
+        >>> x, target = torch.randn(6, 4), torch.randint(2, (6,))
+        >>> loss = F.cross_entropy(model(x), target) + klnorm.kl_divergence(model) / 6
+        >>> loss.backward()
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module.")

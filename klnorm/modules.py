@@ -46,7 +46,7 @@ class KLLayerNorm(nn.LayerNorm):
         TypeError, ValueError: as `klnorm.functional.kl_layer_norm`, and for elementwise_affine=False.
 
     Example:
-        >>> layer = KLLayerNorm(8, noise="token")
+        >>> layer = klnorm.KLLayerNorm(8, noise="token")
         >>> y = layer(torch.randn(4, 5, 8))
         >>> loss = y.square().mean() + layer.kl_divergence() / 1000
     """

@@ -1,11 +1,16 @@
-"""What the README shows, run as it stands there."""
+"""What the README and the docstrings show, run as it stands there."""
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import klnorm
 from bench import table
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -26,3 +31,11 @@ def test_example():
     exec(code, namespace)
     assert type(model[1]) is nn.LayerNorm
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("module", ["functional", "kl", "modules", "replace"])
+def test_docstring_examples(module):
+    names = {"torch": torch, "nn": nn, "F": F, "klnorm": klnorm}
+    failed, attempted = doctest.testmod(importlib.import_module(f"klnorm.{module}"), extraglobs=names)
+    assert attempted > 0
+    assert failed == 0
