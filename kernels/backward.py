@@ -30,7 +30,7 @@ def _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE: tl.constexpr, N: tl.c
 def _tile_gradients(
     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, gamma, scale_var, shift_var, k0, k1, first_col,
     x_stride, dy_stride,
-    NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
+    NOISE: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
     BLOCK_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """(xhat, dy, dxhat, u, rstd) of a tile; u = dy * eps / std where every row has a draw of its own, else dy."""
@@ -138,7 +138,7 @@ def backward_kernel(
             row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
             xhat, dy, dxhat, u, rstd = _tile_gradients(
                 x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
-                k0, k1, 0, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
+                k0, k1, 0, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
             )  # fmt: skip
             sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
             along_one, along_xhat = _row_sums(xhat, dxhat)
@@ -177,7 +177,7 @@ def backward_wide_kernel(
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
                     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
-                    k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
+                    k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 seen = (position < last) & (first_col > 0)
                 along_one = tl.load(row_sum_ptr + 2 * row, seen, other=0.0)
@@ -198,7 +198,7 @@ def backward_wide_kernel(
                 row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
                     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
-                    k0, k1, first_col, x_stride, dy_stride, NOISE, HAS_BIAS, N, VEC, BLOCK_N, FAST,
+                    k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
                 along_one = tl.load(row_sum_ptr + 2 * row, position < last, other=0.0)

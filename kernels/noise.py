@@ -106,5 +106,6 @@ def normals(k0, k1, draw, first_col, STREAM: tl.constexpr, BLOCK_N: tl.constexpr
     zero = tl.zeros_like(block)
     w0, w1, w2, w3 = philox4x32(block, draw, zero + STREAM, zero, k0, k1, ROUNDS)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    z = tl.join(*normal_pair(words, FAST))
+    even, odd = normal_pair(words, FAST)
+    z = tl.join(even, odd)
     return tl.reshape(z, (z.shape[0], BLOCK_N))

@@ -18,7 +18,7 @@ BATCH_SIZES = [
 def run_of(program, run_rows, runs_per_group, group_rows):
     """Positions [start, stop) of a program: one run of `run_rows`, cut at the end of its group."""
     group = (program // runs_per_group).to(tl.int64)
-    start = group * group_rows + (program % runs_per_group) * run_rows
+    start = group * group_rows + (program % runs_per_group).to(tl.int64) * run_rows
     return start, tl.minimum(start + run_rows, (group + 1) * group_rows)
 
 
@@ -63,4 +63,5 @@ def tile_at(ptr, row, stride, cols, VEC: tl.constexpr):
     The hint makes vector width, and with it the order of a row's sums, depend on VEC alone: Triton's own guess would
     look at the alignment of the base pointer, so a row could differ in its last bit with its place in memory.
     """
-    return tl.multiple_of(ptr + (row * stride * VEC + cols), (1, VEC * (ptr.dtype.element_ty.primitive_bitwidth // 8)))
+    BYTES: tl.constexpr = VEC * ptr.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(ptr + (row * stride * VEC + cols), (1, BYTES))

@@ -24,7 +24,7 @@ def check_config(prior_std, eps, noise):
 def as_shape(normalized_shape):
     """`normalized_shape` as a tuple of positive ints."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
-    if not shape or not all(isinstance(n, Integral) and n > 0 for n in shape):
+    if not shape or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in shape):
         raise ValueError(
             f"normalized_shape is {normalized_shape!r}, expected a positive int or a non-empty sequence of them: "
             "there is nothing to normalize over no features."

@@ -95,9 +95,9 @@ def normalize(
     checks.check_parameters(x, shape, weight, bias, weight_rho, bias_rho)
     checks.check_prior("weight_prior", weight_prior, x, shape)
     checks.check_prior("bias_prior", bias_prior, x, shape)
-    if noise == "sample":
+    if noise == "sample" and sample:
         sample_dim = checks.resolve_sample_dim(x, len(shape), sample_dim)
-    draws, inner = draw_layout(x.shape, len(shape), noise, sample_dim)
+    draws, inner = draw_layout(x.shape, len(shape), noise if sample else "batch", sample_dim)
     checks.check_rows(draws * inner)
     if not sample:
         seed = None
@@ -115,7 +115,7 @@ def normalize(
 
 
 def _prior_tensors(*priors):
-    return [prior if isinstance(prior, torch.Tensor) else None for prior in priors]
+    return [prior.detach() if isinstance(prior, torch.Tensor) else None for prior in priors]
 
 
 def _prior_numbers(*priors):

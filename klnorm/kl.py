@@ -26,7 +26,7 @@ class LastKL:
         self._kl = kl
         self._prior_std = prior_std
         self._parameters = parameters
-        self._versions = [p._version for p in parameters]
+        self._states = [_state(p) for p in parameters]
         self._output = weakref.ref(output, self._forget)
 
     def recall(self, parameters, prior_std):
@@ -34,18 +34,24 @@ class LastKL:
         if self._kl is None or getattr(self._kl.grad_fn, "consumed", False):
             return None
         unchanged = all(
-            p is q and p._version == v for p, q, v in zip(parameters, self._parameters, self._versions, strict=True)
+            p is q and _state(p) == state
+            for p, q, state in zip(parameters, self._parameters, self._states, strict=True)
         )
         return self._kl if unchanged and prior_std == self._prior_std else None
 
     def _forget(self, _=None):
-        self._kl = self._prior_std = self._parameters = self._versions = self._output = None
+        self._kl = self._prior_std = self._parameters = self._states = self._output = None
 
     def __deepcopy__(self, memo):
         return LastKL()
 
     def __reduce__(self):
         return LastKL, ()
+
+
+def _state(tensor):
+    """What changes with a tensor's values or its part in autograd; an in-place change through `.data` does not show."""
+    return tensor._version, tensor.requires_grad, tensor.data_ptr()
 
 
 def kl_divergence(model, *, check_finite=True):
@@ -82,7 +88,7 @@ def kl_divergence(model, *, check_finite=True):
     if not layers:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=None if parameter is None else parameter.device)
-    parts = [layer.kl_divergence() for layer in layers.values()]
+    parts = [layer._divergence() for layer in layers.values()]
     total = torch.stack([part.to(parts[0].device) for part in parts]).sum()
     if check_finite and not _unreadable(total) and not math.isfinite(total.item()):
         raise ValueError(_explain(layers, parts))
@@ -91,12 +97,14 @@ def kl_divergence(model, *, check_finite=True):
 
 def _layers(model):
     """Qualified name -> layer, for every layer with posterior parameters of its own."""
-    layers, seen = {}, set()
+    layers, posteriors = {}, {}
     for name, module in model.named_modules():
-        posterior = getattr(module, "posterior_parameters", None)
-        if posterior is not None and (key := tuple(map(id, posterior()))) not in seen:
-            seen.add(key)
-            layers[name] = module
+        if hasattr(module, "posterior_parameters"):
+            posterior = module.posterior_parameters()
+            key = tuple(map(id, posterior))
+            if key not in posteriors:
+                posteriors[key] = posterior  # held, as a parametrized one is made anew and its id would be free again
+                layers[name] = module
     return layers
 
 

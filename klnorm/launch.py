@@ -93,7 +93,7 @@ def forward_call(target, rows, parameters, seed, y, mean, rstd, kl, numbers, dra
     vec = _vector_width(n_cols, rows)
     args = (
         rows, *parameters, seed, y, mean, rstd, kl,
-        rows.stride(0) // vec, n_draws, inner, max(1, n_rows // n_draws),
+        rows.stride(0) // vec, n_draws, inner, n_rows // n_draws,
         runs.run_rows, runs.runs_per_group, runs.group_rows,
     )  # fmt: skip
     constants = {
@@ -119,7 +119,7 @@ class BackwardPlan(NamedTuple):
 def _backward_plan(target, n_rows, n_cols, itemsize, seed, draws):
     noise, n_draws = _draws(seed, n_rows, draws)
     tile = tuning.tile(n_cols, itemsize, backward=True)
-    runs = tuning.backward_runs(n_rows, n_draws, tile, target.multiprocessors)
+    runs = tuning.backward_runs(n_rows, n_draws, tile, n_cols, itemsize, target.multiprocessors)
     span = noise == "shared" and runs.span
     return BackwardPlan(noise, n_draws, tile, runs, span, 4 if span or noise == "merged" else 2)
 

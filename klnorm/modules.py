@@ -78,7 +78,12 @@ class KLLayerNorm(nn.LayerNorm):
         """Everything that a KLLayerNorm has and an nn.LayerNorm has not; the prior is centred on the current values."""
         checks.check_config(prior_std, self.eps, noise)
         checks.check_positive("init_std", init_std)
-        self.noise, self.sample_dim, self.init_std, self.prior_std = noise, sample_dim, init_std, prior_std
+        self.noise, self.sample_dim, self.init_std, self.prior_std = (
+            noise,
+            sample_dim,
+            float(init_std),
+            float(prior_std),
+        )
         self.generator = generator
         self._last_kl = LastKL()
         for name in "weight", "bias":
@@ -124,6 +129,7 @@ class KLLayerNorm(nn.LayerNorm):
         return y
 
     def _evaluate(self, x):
+        checks.check_input(x, self.normalized_shape)
         native = x.dtype == self.weight.dtype and (
             x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)
         )
@@ -148,13 +154,17 @@ class KLLayerNorm(nn.LayerNorm):
 
     def kl_divergence(self):
         """KL divergence of this layer's posterior from its prior, a scalar in nats; see `klnorm.kl_divergence`."""
+        return self._divergence().clone()  # the caller's own, to change in place as well
+
+    def _divergence(self):
+        """The KL divergence, possibly the very tensor of the last forward."""
         kl = None if torch.compiler.is_compiling() else self._last_kl.recall(self._kl_inputs(), self.prior_std)
         if kl is not None:
             return kl
         parts = [(self.weight, self.weight_rho, self.weight_prior), (self.bias, self.bias_rho, self.bias_prior)]
         return sum(_closed_form(*part, self.prior_std) for part in parts if part[0] is not None)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Also accept the state of an nn.LayerNorm: the loaded values become means and prior means, rho stays."""
         if f"{prefix}weight" in state_dict and not any(
             f"{prefix}{key}" in state_dict for key in ("weight_rho", "weight_prior", "bias_rho", "bias_prior")
@@ -162,19 +172,25 @@ class KLLayerNorm(nn.LayerNorm):
             state_dict = dict(state_dict)
             for name in "weight", "bias":
                 if f"{prefix}{name}" in state_dict and getattr(self, f"{name}_rho") is not None:
-                    state_dict[f"{prefix}{name}_rho"] = self._rho_like(name, state_dict[f"{prefix}{name}"])
+                    state_dict[f"{prefix}{name}_rho"] = self._rho_for(
+                        name, state_dict[f"{prefix}{name}"], local_metadata
+                    )
                     state_dict[f"{prefix}{name}_prior"] = state_dict[f"{prefix}{name}"].detach().clone()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _rho_like(self, name, loaded):
-        """The present rho, in the loaded mean's dtype and on its device; the initial one where it is on meta."""
+    def _rho_for(self, name, loaded, local_metadata):
+        """The present rho; where tensors are assigned, like the loaded mean, and initial if it has no values."""
         rho = getattr(self, f"{name}_rho").detach()
-        if rho.is_meta:
-            return torch.full_like(loaded, self._initial_rho())
-        return rho.to(loaded)
+        if not local_metadata.get("assign_to_params_buffers", False):
+            return rho
+        return torch.full_like(loaded, self._initial_rho()) if rho.is_meta else rho.to(loaded)
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
+        shape, affine = tuple(self.normalized_shape), self.elementwise_affine
+        return (
+            f"{shape}, eps={self.eps}, elementwise_affine={affine}, bias={self.bias is not None}, "
+            f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
+        )
 
 
 def _closed_form(mean, rho, prior, prior_std):

@@ -12,6 +12,8 @@ REGISTER_WIDTH_FP64 = 2048
 TILE_ELEMENTS = 2048  # of a tile of several narrow rows
 WIDE_TILE_BYTES = 24 << 20  # of input that all programs together may read twice and still find in L2
 
+PARTIAL_BYTES = 32 << 20  # of partial sums that a backward may take in any case; else a quarter of its input
+
 
 class Tile(NamedTuple):
     """Shape of the tile a program works on; `wide` rows are worked through in pieces of `block_n`."""
@@ -61,9 +63,12 @@ def forward_runs(n_rows, draws, tile, row_bytes, multiprocessors):
 
 
 @functools.lru_cache(1024)
-def backward_runs(n_rows, draws, tile, multiprocessors):
+def backward_runs(n_rows, draws, tile, n_cols, itemsize, multiprocessors):
     """Runs of the backward kernel: no more programs than are resident at once, as each writes partial sums."""
-    return _deal(n_rows, draws, tile.block_m, multiprocessors * max(1, 16 // tile.num_warps))
+    row_of_sums = 4 * 4 * n_cols
+    affordable = max(PARTIAL_BYTES, n_rows * n_cols * itemsize // 4) // row_of_sums
+    resident = multiprocessors * max(1, 16 // tile.num_warps)
+    return _deal(n_rows, draws, tile.block_m, max(1, min(resident, affordable)))
 
 
 def finalizer_tile(n_cols):

@@ -697,3 +697,43 @@ def test_replaced_layers_of_a_real_model_take_part(device):
     torch.testing.assert_close(kl.detach(), value, rtol=1e-12, atol=0)
     assert_same(gradients_of(kl, model), grads)
     assert y.requires_grad
+
+
+def test_parametrized_layers_count_each(device):
+    """Their parameters are made anew at every look, so nothing may be told apart by the id of one that is gone."""
+
+    class Same(nn.Module):
+        def forward(self, parameter):
+            return parameter * 1.0
+
+    for count in range(2, 12):
+        model = nn.Sequential(*(klnorm.KLLayerNorm(8, bias=False) for _ in range(count))).to(device)
+        one = kl_divergence(model[0]).item()
+        for layer in model:
+            nn.utils.parametrize.register_parametrization(layer, "weight", Same())
+            nn.utils.parametrize.register_parametrization(layer, "weight_rho", Same())
+        assert kl_divergence(model).item() == pytest.approx(count * one, rel=1e-6)
+
+
+def test_the_returned_kl_may_be_changed_in_place(device):
+    layer = klnorm.KLLayerNorm(8).to(device)
+    y = layer(torch.randn(3, 4, 8, device=device))
+    expected = kl_divergence(layer).item()
+    for _ in range(2):
+        kl = layer.kl_divergence()
+        kl /= 1000
+        kl = kl_divergence(layer)
+        kl /= 1000
+    assert kl_divergence(layer).item() == expected
+    assert y.requires_grad
+
+
+def test_thawed_parameters_receive_the_gradient(device):
+    layer = klnorm.KLLayerNorm(8).to(device)
+    layer.weight.requires_grad_(False)
+    nn.init.constant_(layer.weight, 2.0)
+    y = layer(torch.randn(3, 4, 8, device=device))
+    layer.weight.requires_grad_(True)
+    kl_divergence(layer).backward()
+    assert torch.allclose(layer.weight.grad, torch.full((8,), 1 / 0.1**2, device=device))  # (2 - 1) / p^2
+    assert y.requires_grad

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klnorm import launch, ops, tuning
 from klnorm.functional import normalize
+from klnorm.kernels.rows import run_of
 
 
 @pytest.mark.parametrize("draws", [1, 2, 3, 64, 1000])
@@ -45,6 +48,48 @@ def test_tiles(n, itemsize, backward):
         assert power & (power - 1) == 0
     assert tile.block_n >= 8  # the noise comes in eights
     assert tile.block_m * tile.block_n <= max(tuning.TILE_ELEMENTS, tuning.REGISTER_WIDTH)
+
+
+@triton.jit
+def _run_kernel(out_ptr, program, run_rows, runs_per_group, group_rows):
+    start, stop = run_of(program + tl.program_id(0), run_rows, runs_per_group, group_rows)
+    tl.store(out_ptr, start)
+    tl.store(out_ptr + 1, stop)
+
+
+def test_runs_beyond_2_to_the_31(device):
+    """The last run of 3 * 2^30 rows, in the kernel's own arithmetic."""
+    runs = tuning.forward_runs(3 << 30, 1, tuning.tile(1, 2), 2, 132)
+    out = torch.empty(2, dtype=torch.int64, device=device)
+    _run_kernel[(1,)](out, runs.programs - 1, runs.run_rows, runs.runs_per_group, runs.group_rows)
+    assert out.tolist() == [(runs.programs - 1) * runs.run_rows, 3 << 30]
+
+
+def test_vector_width():
+    """As many elements as every row of every operand starts at a multiple of, up to 8: a promise to Triton."""
+    storage = torch.zeros(4096, dtype=torch.bfloat16)
+    aligned = storage[(-storage.data_ptr() // 2) % 64 :]
+
+    def width(n_cols, stride, offset):
+        return launch._vector_width(n_cols, aligned[offset:].as_strided((3, n_cols), (stride, 1)))
+
+    assert width(64, 64, 0) == 8
+    assert width(1000, 1000, 0) == 8
+    assert width(100, 104, 0) == 4  # the output's rows are 100 apart
+    assert width(64, 68, 0) == 4
+    assert width(64, 65, 0) == 1
+    assert width(64, 64, 2) == 2
+    whole, odd = aligned[:192].view(3, 64), aligned[1:193].view(3, 64)
+    assert launch._vector_width(64, whole, odd) == 1
+
+
+def test_partial_sums_stay_small_beside_the_input():
+    """Few very wide rows: not one row of sums per resident program, which would be several times the input."""
+    n_rows, n_cols = 264, 1 << 20
+    runs = tuning.backward_runs(n_rows, 1, tuning.tile(n_cols, 2, True), n_cols, 2, 132)
+    assert runs.programs * 4 * n_cols * 4 <= n_rows * n_cols * 2 / 4
+    narrow = tuning.backward_runs(1 << 16, 1, tuning.tile(4096, 2, True), 4096, 2, 132)
+    assert narrow.programs >= 132
 
 
 class CountTorchCalls(TorchDispatchMode):

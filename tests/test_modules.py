@@ -454,3 +454,24 @@ def test_an_unexpected_key_is_reported(device):
 def test_a_checkpoint_of_another_shape_is_reported(device):
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         KLLayerNorm(N + 1, device=device).load_state_dict(plain_checkpoint(device))
+
+
+def test_rho_stays_when_a_bf16_checkpoint_is_copied_in(device):
+    layer = KLLayerNorm(8).to(device)
+    before = layer.weight_rho.detach().clone()
+    layer.load_state_dict(nn.LayerNorm(8, dtype=torch.bfloat16, device=device).state_dict())
+    assert torch.equal(layer.weight_rho, before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(3, 7), [0.0] * 8, torch.zeros(3, 8, dtype=torch.long)], ids=["shape", "list", "int"]
+)
+def test_evaluation_checks_its_input(wrong):
+    with pytest.raises((TypeError, ValueError), match=r"^x "):
+        KLLayerNorm(8).eval()(wrong)
+
+
+def test_evaluation_does_not_look_at_sample_dim():
+    layer = KLLayerNorm(8, sample_dim=1).eval()
+    for dtype in torch.float32, torch.bfloat16:
+        assert layer(torch.ones(3, 8, dtype=dtype)).dtype == dtype
