@@ -145,11 +145,12 @@ def test_no_serial_correlation(many, lag):
 
 
 def test_no_correlation_between_streams_and_seeds(many):
-    streams = [normals(torch.tensor([7]), torch.arange(300), 8000, s).double() for s in (SCALE_STREAM, SHIFT_STREAM)]
-    next_seed = normals(torch.tensor([8]), torch.arange(300), 8000, SCALE_STREAM).double()
-    high_bit = normals(torch.tensor([7 + (1 << 32)]), torch.arange(300), 8000, SCALE_STREAM).double()
-    for other in streams[1], next_seed, high_bit:
-        assert_uncorrelated(streams[0], other)
+    """1e7 draws against those of the other streams, of the next seed, and of the seed with another high word."""
+    for seed, stream in (0, SCALE_STREAM), (0, SHIFT_STREAM), (1, MERGED_STREAM), (1 << 32, MERGED_STREAM):
+        other = normals(torch.tensor([20261123 + seed]), torch.arange(1250), 8000, stream)
+        assert_uncorrelated(many, other.double())
+    streams = [normals(torch.tensor([7]), torch.arange(1250), 8000, s).double() for s in (SCALE_STREAM, SHIFT_STREAM)]
+    assert_uncorrelated(*streams)
 
 
 def assert_uncorrelated(a, b):
