@@ -5,16 +5,21 @@ from .versions import __version__, require_versions
 require_versions()
 
 from . import functional, reference  # noqa: E402
-from .kl import kl_divergence  # noqa: E402
+from .kl import kl_divergence, kl_layers  # noqa: E402
 from .modules import KLLayerNorm  # noqa: E402
-from .replace import replace_layer_norm, restore_layer_norm  # noqa: E402
+from .predict import mc_predict, sampling  # noqa: E402
+from .replace import last_norms, replace_layer_norm, restore_layer_norm  # noqa: E402
 
 __all__ = [
     "KLLayerNorm",
     "__version__",
     "functional",
     "kl_divergence",
+    "kl_layers",
+    "last_norms",
+    "mc_predict",
     "reference",
     "replace_layer_norm",
     "restore_layer_norm",
+    "sampling",
 ]

@@ -21,6 +21,20 @@ def check_config(prior_std, eps, noise):
         )
 
 
+def check_module(model, name="model"):
+    """Raise unless `model` is an nn.Module."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{name} is a {type(model).__name__}, expected an nn.Module.")
+
+
+def check_count(name, value, minimum=1):
+    """Raise unless `value` is an int of `minimum` or more."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected an int.")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}, expected {minimum} or more.")
+
+
 def as_shape(normalized_shape):
     """`normalized_shape` as a tuple of positive ints."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
@@ -36,6 +50,11 @@ def check_input(x, shape):
     """Raise unless `x` is a floating-point tensor (..., *shape) that klnorm can read."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor. Remedy: torch.as_tensor(x).")
+    if x.is_nested:
+        raise TypeError(
+            "x is a nested tensor, expected a dense one. Remedy: x.to_padded_tensor(0.0), or for nn.TransformerEncoder "
+            "in evaluation mode `with klnorm.sampling(model)`, which passes dense ones."
+        )
     if x.dtype not in _FLOATS:
         raise TypeError(f"x has dtype {x.dtype}, expected one of {_names(_FLOATS)}. Remedy: x.float().")
     if x.layout != torch.strided:
@@ -143,6 +162,14 @@ def check_positive(name, value):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a float.")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number above 0.")
+
+
+def check_not_negative(name, value):
+    """Raise unless `value` is a finite number of 0 or more."""
+    if not _is_real(value):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a float.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a finite number of 0 or more.")
 
 
 def _is_real(value):

@@ -81,7 +81,7 @@ def kl_divergence(model, *, check_finite=True):
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module.")
-    layers = _layers(model)
+    layers = kl_layers(model)
     if not layers:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=None if parameter is None else parameter.device)
@@ -92,7 +92,7 @@ def kl_divergence(model, *, check_finite=True):
     return total
 
 
-def _layers(model):
+def kl_layers(model):
     """Qualified name -> layer, for every layer with posterior parameters of its own."""
     layers, posteriors = {}, {}
     for name, module in model.named_modules():

@@ -15,12 +15,11 @@ from .reference.kl_norm import kl_normal
 class KLLayerNorm(nn.LayerNorm):
     r"""LayerNorm whose scale and shift are Gaussian posteriors, sampled in training and held to a prior by a KL term.
 
-    In training mode every draw of scale and shift is :math:`\gamma = \mathrm{weight} +
-    \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon`,
-    likewise :math:`\beta`; in evaluation mode the layer is `nn.LayerNorm` with the posterior means, bit for bit where
-    `x` and
-    the parameters have one dtype. Add `klnorm.kl_divergence(model)`, weighted, to the loss. See
-    `klnorm.functional.kl_layer_norm` for the formulas and their source.
+    In training mode every draw of scale and shift is
+    :math:`\gamma = \mathrm{weight} + \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon`, likewise :math:`\beta`; in
+    evaluation mode the layer is `nn.LayerNorm` with the posterior means, bit for bit where `x` and the parameters have
+    one dtype. `klnorm.sampling(model)` samples in evaluation mode. Add `klnorm.kl_divergence(model)`, weighted, to the
+    loss. See `klnorm.functional.kl_layer_norm` for the formulas and their source.
 
     Args:
         normalized_shape: int or sequence of ints, as for nn.LayerNorm.
@@ -74,23 +73,21 @@ class KLLayerNorm(nn.LayerNorm):
         super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
         self._add_posterior(noise, sample_dim, init_std, prior_std, generator)
 
-    def _add_posterior(self, noise, sample_dim, init_std, prior_std, generator):
-        """Everything that a KLLayerNorm has and an nn.LayerNorm has not; the prior is centred on the current values."""
+    def _add_posterior(self, noise, sample_dim, init_std, prior_std, generator, prior="current"):
+        """Everything that a KLLayerNorm has and an nn.LayerNorm has not; `prior` as in `klnorm.replace_layer_norm`."""
         checks.check_config(prior_std, self.eps, noise)
         checks.check_positive("init_std", init_std)
-        self.noise, self.sample_dim, self.init_std, self.prior_std = (
-            noise,
-            sample_dim,
-            float(init_std),
-            float(prior_std),
-        )
-        self.generator = generator
+        self.noise, self.sample_dim, self.generator = noise, sample_dim, generator
+        self.init_std, self.prior_std, self.prior = float(init_std), float(prior_std), prior
         self._last_kl = LastKL()
+        self._sampling = False  # in evaluation mode, see `klnorm.sampling`
+        self._shortcut_guard = None
+        self._guard_shortcut()
         for name in "weight", "bias":
             mean = getattr(self, name)
             rho = None if mean is None else nn.Parameter(torch.empty_like(mean), requires_grad=mean.requires_grad)
             self.register_parameter(f"{name}_rho", rho)
-            self.register_buffer(f"{name}_prior", None if mean is None else mean.detach().clone())
+            self.register_buffer(f"{name}_prior", None if mean is None else self._prior_for(name, mean))
         self._reset_rho()
 
     def _remove_posterior(self):
@@ -98,7 +95,11 @@ class KLLayerNorm(nn.LayerNorm):
         for name in "weight", "bias":
             delattr(self, f"{name}_rho")
             delattr(self, f"{name}_prior")
-        for name in "noise", "sample_dim", "init_std", "prior_std", "generator", "_last_kl":
+        self._guard_shortcut(removed=True)
+        for name in (
+            "noise", "sample_dim", "generator", "init_std", "prior_std", "prior",
+            "_last_kl", "_sampling", "_shortcut_guard",
+        ):  # fmt: skip
             delattr(self, name)
 
     def _initial_rho(self):
@@ -110,6 +111,14 @@ class KLLayerNorm(nn.LayerNorm):
             if rho is not None:
                 nn.init.constant_(rho, self._initial_rho())
 
+    def _prior_for(self, name, mean):
+        """A prior mean for a posterior that starts at `mean`."""
+        return (
+            mean.detach().clone()
+            if self.prior == "current"
+            else torch.full_like(mean.detach(), float(name == "weight"))
+        )
+
     def reset_parameters(self):
         """Scale and prior of the scale 1, shift and prior of the shift 0, deviations `init_std`."""
         super().reset_parameters()
@@ -119,9 +128,49 @@ class KLLayerNorm(nn.LayerNorm):
             if self.bias_prior is not None:
                 nn.init.zeros_(self.bias_prior)
 
+    @property
+    def _is_hf_initialized(self):
+        return vars(self).get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value):
+        """transformers marks tensors that it has loaded, gives the others memory without values, initializes what it
+        knows of a norm, weight and bias, and then marks the module: the moment to initialize what it does not know.
+        """
+        vars(self)["_is_hf_initialized"] = value
+        for name in "weight", "bias":
+            mean, rho, prior = (getattr(self, key) for key in (name, f"{name}_rho", f"{name}_prior"))
+            if value and rho is not None and not getattr(rho, "_is_hf_initialized", False):
+                nn.init.constant_(rho, self._initial_rho())
+            if value and prior is not None and not getattr(prior, "_is_hf_initialized", False):
+                prior.copy_(self._prior_for(name, mean))
+
+    def train(self, mode=True):
+        """As for every module; in training mode scale and shift are sampled."""
+        super().train(mode)
+        self._guard_shortcut()
+        return self
+
+    def _set_sampling(self, sampling):
+        self._sampling = sampling
+        self._guard_shortcut()
+
+    def _guard_shortcut(self, removed=False):
+        """Attach a hook that does nothing while this layer samples.
+
+        nn.TransformerEncoderLayer in evaluation mode reads the norms' weight and bias without calling them, unless one
+        of its modules has a hook.
+        """
+        guarded = (self.training or self._sampling) and not removed
+        if guarded and self._shortcut_guard is None:
+            self._shortcut_guard = self.register_forward_pre_hook(_nothing)
+        elif not guarded and self._shortcut_guard is not None:
+            self._shortcut_guard.remove()
+            self._shortcut_guard = None
+
     def forward(self, x):
         """y, like `x`: sampled in training mode, LayerNorm with the posterior means in evaluation mode."""
-        if not self.training:
+        if not (self.training or self._sampling):
             return self._evaluate(x)
         y, kl = self._normalize(x, sample=True)
         if not torch.compiler.is_compiling():
@@ -129,7 +178,8 @@ class KLLayerNorm(nn.LayerNorm):
         return y
 
     def _evaluate(self, x):
-        checks.check_input(x, self.normalized_shape)
+        if not getattr(x, "is_nested", False):  # which nn.TransformerEncoder passes, and F.layer_norm takes
+            checks.check_input(x, self.normalized_shape)
         native = x.dtype == self.weight.dtype and (
             x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)
         )
@@ -165,7 +215,10 @@ class KLLayerNorm(nn.LayerNorm):
         return sum(_closed_form(*part, self.prior_std) for part in parts if part[0] is not None)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Also accept the state of an nn.LayerNorm: the loaded values become means and prior means, rho stays."""
+        """Also accept the state of an nn.LayerNorm: the loaded values become means and prior means, rho stays.
+
+        A prior that `klnorm.replace_layer_norm` centred on the standard values stays as well.
+        """
         if f"{prefix}weight" in state_dict and not any(
             f"{prefix}{key}" in state_dict for key in ("weight_rho", "weight_prior", "bias_rho", "bias_prior")
         ):
@@ -175,7 +228,7 @@ class KLLayerNorm(nn.LayerNorm):
                     state_dict[f"{prefix}{name}_rho"] = self._rho_for(
                         name, state_dict[f"{prefix}{name}"], local_metadata
                     )
-                    state_dict[f"{prefix}{name}_prior"] = state_dict[f"{prefix}{name}"].detach().clone()
+                    state_dict[f"{prefix}{name}_prior"] = self._prior_for(name, state_dict[f"{prefix}{name}"])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _rho_for(self, name, loaded, local_metadata):
@@ -191,6 +244,10 @@ class KLLayerNorm(nn.LayerNorm):
             f"{shape}, eps={self.eps}, elementwise_affine={affine}, bias={self.bias is not None}, "
             f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
         )
+
+
+def _nothing(module, args):
+    """A forward hook."""
 
 
 def _closed_form(mean, rho, prior, prior_std):
