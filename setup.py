@@ -6,6 +6,8 @@ from runpy import run_path
 from setuptools import find_packages, setup
 
 DEMO = ["scikit-learn", "matplotlib"]
+HF = ["transformers>=5", "accelerate"]
+LIGHTNING = ["lightning>=2.4"]
 
 setup(
     name="klnorm",
@@ -24,7 +26,9 @@ setup(
     extras_require={
         "demo": DEMO,
         "bench": ["matplotlib"],
-        "test": [*DEMO, "pytest>=8", "setuptools>=77"],
-        "hf": ["transformers", "peft", "accelerate", "safetensors"],
+        "plot": ["matplotlib"],
+        "hf": HF,
+        "lightning": LIGHTNING,
+        "test": [*DEMO, *HF, *LIGHTNING, "peft", "safetensors", "onnx", "onnxscript", "pytest>=8", "setuptools>=77"],
     },
 )

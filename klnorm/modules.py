@@ -8,8 +8,7 @@ from torch import nn
 
 from . import checks
 from .functional import normalize
-from .kl import LastKL
-from .reference.kl_norm import kl_normal
+from .kl import LastKL, closed_form, whole
 
 
 class KLLayerNorm(nn.LayerNorm):
@@ -113,11 +112,8 @@ class KLLayerNorm(nn.LayerNorm):
 
     def _prior_for(self, name, mean):
         """A prior mean for a posterior that starts at `mean`."""
-        return (
-            mean.detach().clone()
-            if self.prior == "current"
-            else torch.full_like(mean.detach(), float(name == "weight"))
-        )
+        mean = mean.detach()
+        return mean.clone() if self.prior == "current" else torch.full_like(mean, float(name == "weight"))
 
     def reset_parameters(self):
         """Scale and prior of the scale 1, shift and prior of the shift 0, deviations `init_std`."""
@@ -204,15 +200,15 @@ class KLLayerNorm(nn.LayerNorm):
 
     def kl_divergence(self):
         """KL divergence of this layer's posterior from its prior, a scalar in nats; see `klnorm.kl_divergence`."""
-        return self._divergence().clone()  # the caller's own, to change in place as well
+        return whole(self._divergence()).clone()  # the caller's own, to change in place as well
 
     def _divergence(self):
-        """The KL divergence, possibly the very tensor of the last forward."""
+        """The KL divergence, possibly the very tensor of the last forward, or of sharded parameters a DTensor."""
         kl = None if torch.compiler.is_compiling() else self._last_kl.recall(self._kl_inputs(), self.prior_std)
         if kl is not None:
             return kl
         parts = [(self.weight, self.weight_rho, self.weight_prior), (self.bias, self.bias_rho, self.bias_prior)]
-        return sum(_closed_form(*part, self.prior_std) for part in parts if part[0] is not None)
+        return sum(closed_form(*part, self.prior_std) for part in parts if part[0] is not None)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Also accept the state of an nn.LayerNorm: the loaded values become means and prior means, rho stays.
@@ -248,8 +244,3 @@ class KLLayerNorm(nn.LayerNorm):
 
 def _nothing(module, args):
     """A forward hook."""
-
-
-def _closed_form(mean, rho, prior, prior_std):
-    dtype = torch.promote_types(mean.dtype, torch.float32)
-    return kl_normal(mean.to(dtype), rho.to(dtype), prior.to(dtype), prior_std).sum()
