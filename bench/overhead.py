@@ -57,8 +57,8 @@ def measure():
     }
     # CPU tensors take the way of CUDA tensors, up to the launch.
     library = torch.library.Library("klnorm", "IMPL")
-    library.impl("layer_norm_forward", launch.forward, "CPU", allow_override=True)
-    library.impl("layer_norm_backward", lambda *args: launch.backward(*args), "CPU", allow_override=True)
+    library.impl("norm_forward", launch.forward, "CPU", allow_override=True)
+    library.impl("norm_backward", lambda *args: launch.backward(*args), "CPU", allow_override=True)
     original, launch.Call.launch = launch.Call.launch, lambda call: None
     try:
         for noise in "batch", "sample", "token":

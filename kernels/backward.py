@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import load_std, sample, shared_normals
-from .rows import BATCH_SIZES, draws_of, load_parameter, row_at, run_of, tile_at
+from .rows import BATCH_SIZES, draws_of, group_start, in_group, load_parameter, row_at, run_of, tile_at
 
 # Slots of the partial sums [slot, program, feature].
 WEIGHT_SUM = tl.constexpr(0)  # of dy * xhat
@@ -15,14 +15,14 @@ SHIFT_SUM = tl.constexpr(3)  # of dy * eps_beta (shared draws), of u (merged dra
 
 
 @triton.jit
-def _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr):
+def _deviations(weight_rho_ptr, bias_rho_ptr, own, mask, NOISE: tl.constexpr, ACC: tl.constexpr):
     """(scale_std, scale variance, shift variance) [1, BLOCK_N].
 
     The shift's variance is kept above 0, so that the derivative of sqrt(scale_var * xhat^2 + shift_var) is
     finite without a test per element; the least normal number changes no deviation above 1e-19.
     """
-    scale_std = load_std(weight_rho_ptr, cols, cols < N, NOISE, ACC)
-    shift_std = load_std(bias_rho_ptr, cols, cols < N, NOISE, ACC)
+    scale_std = load_std(weight_rho_ptr, own, mask, NOISE, ACC)
+    shift_std = load_std(bias_rho_ptr, own, mask, NOISE, ACC)
     return scale_std, scale_std * scale_std, tl.maximum(shift_std * shift_std, 2.0**-126)
 
 
@@ -35,31 +35,50 @@ def _tile_gradients(
 ):  # fmt: skip
     """(xhat, dy, dxhat, u, rstd) of a tile; u = dy * eps / std where every row has a draw of its own, else dy."""
     mask = row_mask & (cols < N)
-    mean = tl.load(mean_ptr + row, row_mask, other=0.0)
     rstd = tl.load(rstd_ptr + row, row_mask, other=0.0)
-    x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
-    dy = tl.load(tile_at(dy_ptr, row, dy_stride, cols, VEC), mask, other=0.0).to(mean.dtype)
-    xhat = x * rstd - mean * rstd  # one fused multiply-add
+    x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(rstd.dtype)
+    dy = tl.load(tile_at(dy_ptr, row, dy_stride, cols, VEC), mask, other=0.0).to(rstd.dtype)
+    xhat = x * rstd
+    if mean_ptr is not None:
+        xhat -= tl.load(mean_ptr + row, row_mask, other=0.0) * rstd  # with the product one fused multiply-add
     dxhat, u = dy * gamma, dy
     if NOISE == "merged":
-        z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, BLOCK_N, FAST).to(mean.dtype)
+        z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, BLOCK_N, FAST).to(rstd.dtype)
         u = dy * z * tl.rsqrt(scale_var * (xhat * xhat) + shift_var)
         dxhat += u * (scale_var * xhat)
     return xhat, dy, dxhat, u, rstd
 
 
 @triton.jit
-def _row_sums(xhat, dxhat):
-    """Sums [rows, 1] of dxhat and of dxhat * xhat, in one reduction: two would wait for each other's barriers."""
-    sums = tl.sum(tl.join(dxhat, dxhat * xhat), axis=1)
-    one, along_xhat = tl.split(sums)
-    return one[:, None], along_xhat[:, None]
+def _row_sums(xhat, dxhat, RMS: tl.constexpr):
+    """Sums [rows, 1] of dxhat, which RMSNorm does not need, and of dxhat * xhat, in one reduction.
+
+    Two would wait for each other's barriers.
+    """
+    if RMS:
+        along_xhat = tl.sum(dxhat * xhat, axis=1, keep_dims=True)
+        return tl.zeros(along_xhat.shape, along_xhat.dtype), along_xhat
+    else:
+        sums = tl.sum(tl.join(dxhat, dxhat * xhat), axis=1)
+        one, along_xhat = tl.split(sums)
+        return one[:, None], along_xhat[:, None]
 
 
 @triton.jit
-def _input_gradient(xhat, dxhat, rstd, along_one, along_xhat):
-    """dx = rstd * (dxhat - along_one - xhat * along_xhat), in two fused multiply-adds an element."""
-    return (dxhat * rstd - along_one * rstd) - xhat * (along_xhat * rstd)
+def _store_input_gradient(
+    xhat, dxhat, rstd, along_one, along_xhat, dsum_ptr, dx_ptr, dresidual_ptr, row, cols, mask, dsum_stride,
+    RMS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """rstd * (dxhat - along_one - xhat * along_xhat), two multiply-adds an element, plus the gradient of the sum."""
+    dx = dxhat * rstd
+    if not RMS:
+        dx -= along_one * rstd
+    dx -= xhat * (along_xhat * rstd)
+    if dsum_ptr is not None:
+        dx += tl.load(tile_at(dsum_ptr, row, dsum_stride, cols, VEC), mask, other=0.0).to(dx.dtype)
+    tl.store(tile_at(dx_ptr, row, N // VEC, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+    if dresidual_ptr is not None:
+        tl.store(tile_at(dresidual_ptr, row, N // VEC, cols, VEC), dx.to(dresidual_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -90,8 +109,8 @@ def _store_sums(
     BLOCK_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Write the column sums [BLOCK_M, BLOCK_N] of a draw; SPAN: a program adds up draws, each with its noise."""
-    slot = tl.num_programs(0).to(tl.int64) * N
-    own_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * N
+    slot = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * N
+    own_ptr = partial_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * N
     sum_w = tl.sum(sum_w, axis=0, keep_dims=True)
     sum_b = tl.sum(sum_b, axis=0, keep_dims=True)
     _store_sum(own_ptr + WEIGHT_SUM * slot, cols, sum_w, FIRST, SPAN, N)
@@ -112,69 +131,78 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def backward_kernel(
-    x_ptr, dy_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, partial_ptr,
-    x_stride, dy_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
-    NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, FAST: tl.constexpr,
+    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dresidual_ptr, partial_ptr,
+    x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
+    group_rows, all_draws, all_inner,
+    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr,
+    FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BLOCK_N features, whole in registers; program i owns the i-th run of rows."""
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
+    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    RMS: tl.constexpr = mean_ptr is None
     cols = tl.arange(0, BLOCK_N)[None, :]
+    own = in_group(cols, N, GROUPED)
     k0, k1 = load_key(seed_ptr)
-    start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
+    group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
+    start, stop = run_of(tl.program_id(0), run_rows, runs_per_share, share_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
     for draw in range(first_draw, first_draw + count):
         # Loaded again for every draw: kept across draws, they would take registers that 8,192 features do not leave.
-        scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
-        weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-        gamma = sample(weight, scale_std, k0, k1, draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+        scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, own, cols < N, NOISE, ACC)
+        weight = load_parameter(weight_ptr, own, cols < N, 0.0, ACC)
+        gamma = sample(weight, scale_std, k0, k1, group_draw + draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
         sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
         last = tl.minimum(stop, (draw + 1) * rows_per_draw)
         for top in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
             position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-            row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
+            row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
             xhat, dy, dxhat, u, rstd = _tile_gradients(
                 x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                 k0, k1, 0, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
             )  # fmt: skip
             sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
-            along_one, along_xhat = _row_sums(xhat, dxhat)
-            dx = _input_gradient(xhat, dxhat, rstd, along_one / N, along_xhat / N)
-            mask = (position < last) & (cols < N)
-            tl.store(tile_at(dx_ptr, row, N // VEC, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+            along_one, along_xhat = _row_sums(xhat, dxhat, RMS)
+            _store_input_gradient(
+                xhat, dxhat, rstd, along_one / N, along_xhat / N, dsum_ptr, dx_ptr, dresidual_ptr,
+                row, cols, (position < last) & (cols < N), dsum_stride, RMS, N, VEC,
+            )  # fmt: skip
         _store_sums(
-            partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, 0, cols, draw == first_draw,
+            partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, 0, cols, draw == first_draw,
             NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def backward_wide_kernel(
-    x_ptr, dy_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, partial_ptr, row_sum_ptr,
-    x_stride, dy_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_group, group_rows,
-    NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, FAST: tl.constexpr,
+    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dresidual_ptr, partial_ptr, row_sum_ptr,
+    x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
+    group_rows, all_draws, all_inner,
+    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr,
+    FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any width, in pieces of BLOCK_N: first the run's row sums [n_rows, 2], then dx and the column sums."""
-    ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    HAS_BIAS: tl.constexpr = bias_rho_ptr is not None
+    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    RMS: tl.constexpr = mean_ptr is None
     k0, k1 = load_key(seed_ptr)
-    start, stop = run_of(tl.program_id(0), run_rows, runs_per_group, group_rows)
+    group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
+    start, stop = run_of(tl.program_id(0), run_rows, runs_per_share, share_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
     for draw in range(first_draw, first_draw + count):
         first, last = tl.maximum(start, draw * rows_per_draw), tl.minimum(stop, (draw + 1) * rows_per_draw)
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
-            weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-            scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
-            gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+            own = in_group(cols, N, GROUPED)
+            weight = load_parameter(weight_ptr, own, cols < N, 0.0, ACC)
+            scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, own, cols < N, NOISE, ACC)
+            gamma = sample(weight, scale_std, k0, k1, group_draw + draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-                row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
+                row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
                     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                     k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
@@ -182,20 +210,21 @@ def backward_wide_kernel(
                 seen = (position < last) & (first_col > 0)
                 along_one = tl.load(row_sum_ptr + 2 * row, seen, other=0.0)
                 along_xhat = tl.load(row_sum_ptr + 2 * row + 1, seen, other=0.0)
-                piece_one, piece_xhat = _row_sums(xhat, dxhat)
+                piece_one, piece_xhat = _row_sums(xhat, dxhat, RMS)
                 tl.store(row_sum_ptr + 2 * row, along_one + piece_one, position < last)
                 tl.store(row_sum_ptr + 2 * row + 1, along_xhat + piece_xhat, position < last)
             tl.debug_barrier()  # one thread stored what all threads load next
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
-            weight = load_parameter(weight_ptr, cols, cols < N, 0.0, ACC)
-            scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, cols, NOISE, N, ACC)
-            gamma = sample(weight, scale_std, k0, k1, draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+            own = in_group(cols, N, GROUPED)
+            weight = load_parameter(weight_ptr, own, cols < N, 0.0, ACC)
+            scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, own, cols < N, NOISE, ACC)
+            gamma = sample(weight, scale_std, k0, k1, group_draw + draw, first_col, SCALE_STREAM, NOISE, BLOCK_N, FAST)
             sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
             for top in tl.range(first, last, BLOCK_M, num_stages=STAGES):
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-                row = row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
+                row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
                     x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
                     k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
@@ -203,10 +232,11 @@ def backward_wide_kernel(
                 sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
                 along_one = tl.load(row_sum_ptr + 2 * row, position < last, other=0.0)
                 along_xhat = tl.load(row_sum_ptr + 2 * row + 1, position < last, other=0.0)
-                dx = _input_gradient(xhat, dxhat, rstd, along_one / N, along_xhat / N)
-                mask = (position < last) & (cols < N)
-                tl.store(tile_at(dx_ptr, row, N // VEC, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)
+                _store_input_gradient(
+                    xhat, dxhat, rstd, along_one / N, along_xhat / N, dsum_ptr, dx_ptr, dresidual_ptr,
+                    row, cols, (position < last) & (cols < N), dsum_stride, RMS, N, VEC,
+                )  # fmt: skip
             _store_sums(
-                partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, first_col, cols, draw == first_draw,
+                partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, first_col, cols, draw == first_draw,
                 NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
             )  # fmt: skip

@@ -48,6 +48,14 @@ def kl_terms(mean, rho, prior_mean, prior_std: tl.constexpr):
 
 
 @triton.jit
+def kl_terms_deterministic(weight, bias, bias_prior, prior_std: tl.constexpr, FLOOR: tl.constexpr):
+    """KL(N(bias, weight^2) || N(bias_prior, prior_std^2)) of every element, in nats; floored in the logarithm."""
+    ratio = weight / prior_std
+    offset = (bias - bias_prior) / prior_std
+    return 0.5 * (ratio * ratio - 1.0 + offset * offset - tl.log(ratio * ratio + FLOOR * FLOOR))
+
+
+@triton.jit
 def kl_rho_gradient(rho, prior_std: tl.constexpr):
     """d KL / d rho = (s / prior_std^2 - 1 / s) ds/drho, finite where s underflows."""
     s, slope = softplus(rho), sigmoid(rho)

@@ -9,17 +9,39 @@ import triton.language as tl
 
 # Numbers that vary with the batch: Triton must not compile a kernel again because one of them is 1, or divisible by 16.
 BATCH_SIZES = [
-    "x_stride", "dy_stride", "n_draws", "inner", "rows_per_draw",
-    "run_rows", "runs_per_group", "group_rows", "n_programs",
+    "x_stride", "residual_stride", "dy_stride", "dsum_stride", "n_draws", "inner", "rows_per_draw",
+    "run_rows", "runs_per_share", "share_rows", "group_rows", "all_draws", "all_inner", "n_programs",
 ]  # fmt: skip
 
 
 @triton.jit
-def run_of(program, run_rows, runs_per_group, group_rows):
-    """Positions [start, stop) of a program: one run of `run_rows`, cut at the end of its group."""
-    group = (program // runs_per_group).to(tl.int64)
-    start = group * group_rows + (program % runs_per_group).to(tl.int64) * run_rows
-    return start, tl.minimum(start + run_rows, (group + 1) * group_rows)
+def group_start(group_rows, all_draws, all_inner, GROUPED: tl.constexpr):
+    """(first row, first draw) of the group of rows, with parameters of its own, that this program works for.
+
+    Without groups, both are 0. Everything else about rows and draws is counted inside the group.
+    """
+    if GROUPED:
+        first_row = tl.program_id(1).to(tl.int64) * group_rows
+        return first_row, (first_row // all_inner) % all_draws
+    else:
+        return 0, 0
+
+
+@triton.jit
+def in_group(cols, N: tl.constexpr, GROUPED: tl.constexpr):
+    """Where features [1, BLOCK_N] lie in a parameter (groups, N)."""
+    if GROUPED:
+        return tl.program_id(1).to(tl.int64) * N + cols
+    else:
+        return cols
+
+
+@triton.jit
+def run_of(program, run_rows, runs_per_share, share_rows):
+    """Positions [start, stop) of a program: one run of `run_rows`, cut at the end of its share."""
+    share = (program // runs_per_share).to(tl.int64)
+    start = share * share_rows + (program % runs_per_share).to(tl.int64) * run_rows
+    return start, tl.minimum(start + run_rows, (share + 1) * share_rows)
 
 
 @triton.jit

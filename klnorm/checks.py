@@ -6,9 +6,15 @@ from numbers import Integral, Real
 
 import torch
 
+from .layout import group_layout
+
 NOISES = "batch", "sample", "token"
 _FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 _MAX_ROWS = 1 << 32  # the draw is a 32-bit word of the counter
+_MAX_GROUPS = 65535  # the second dimension of a CUDA grid
+POSTERIORS = "sampled", "deterministic"
+# torch.autograd.Function asks the same; where a version of torch lacks it, torch's own error refuses the transforms.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", bool)
 
 
 def check_config(prior_std, eps, noise):
@@ -68,16 +74,32 @@ def check_input(x, shape):
         )
 
 
-def check_parameters(x, shape, weight, bias, weight_rho, bias_rho):
-    """Raise unless the posterior's parameters fit each other and `x`."""
-    if (bias is None) != (bias_rho is None):
+def check_posterior(posterior):
+    """Raise unless `posterior` names a reading of KL-Norm."""
+    if posterior not in POSTERIORS:
+        raise ValueError(f"posterior is {posterior!r}, expected one of {', '.join(map(repr, POSTERIORS))}.")
+
+
+def check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior="sampled"):
+    """Raise unless the posterior's parameters fit each other and `x`; return the number of groups, None without."""
+    if posterior == "deterministic":
+        for name, rho in ("weight_rho", weight_rho), ("bias_rho", bias_rho):
+            if rho is not None:
+                raise ValueError(
+                    f"{name} is a {type(rho).__name__}, expected None: the deterministic reading has no deviations but "
+                    "weight itself. Remedy: leave it out."
+                )
+    elif (bias is None) != (bias_rho is None):
         given, missing = ("bias_rho", "bias") if bias is None else ("bias", "bias_rho")
         raise ValueError(
             f"{missing} is None but {given} is not, expected both or neither. Remedy: pass {missing} as well."
         )
+    grouped = isinstance(weight, torch.Tensor) and weight.dim() == len(shape) + 1 and weight.shape[1:] == shape
+    groups = weight.shape[0] if grouped else None
+    shape = tuple(weight.shape) if grouped else shape
     _check_like("weight", weight, x, shape)
     for name, parameter in ("bias", bias), ("weight_rho", weight_rho), ("bias_rho", bias_rho):
-        if parameter is None and name != "weight_rho":
+        if parameter is None and (name != "weight_rho" or posterior == "deterministic"):
             continue
         _check_like(name, parameter, x, shape)
         if parameter.dtype != weight.dtype:
@@ -85,6 +107,42 @@ def check_parameters(x, shape, weight, bias, weight_rho, bias_rho):
                 f"{name} has dtype {parameter.dtype}, expected weight's {weight.dtype}: all share one dtype. "
                 f"Remedy: {name}.to({weight.dtype})."
             )
+    return groups
+
+
+def check_groups(groups, n_rows, draws, inner):
+    """Raise unless `groups` of equal size divide the rows, and do not cut the samples that draws of noise belong to."""
+    if not 1 <= groups <= _MAX_GROUPS:
+        raise ValueError(f"weight has {groups} groups, expected 1 to {_MAX_GROUPS}: its first dimension counts them.")
+    if n_rows % groups:
+        raise ValueError(
+            f"weight has {groups} groups, expected a divisor of {n_rows}, the number of rows of x: every group has as "
+            "many rows. Remedy: pad x, or pass one row of parameters per sample."
+        )
+    if n_rows and group_layout(draws, inner, n_rows // groups) is None:
+        raise ValueError(
+            f"weight has {groups} groups of {n_rows // groups} rows, which cut samples of {inner} neighbouring rows, "
+            'expected groups of whole samples, or samples of whole groups. Remedy: noise="batch" or "token".'
+        )
+
+
+def check_residual(residual, x):
+    """Raise unless `residual` is None or a floating-point tensor like `x`, of any floating dtype."""
+    if residual is None:
+        return
+    if not isinstance(residual, torch.Tensor):
+        raise TypeError(f"residual is a {type(residual).__name__}, expected a tensor of x's shape {tuple(x.shape)}.")
+    if residual.dtype not in _FLOATS:
+        raise TypeError(f"residual has dtype {residual.dtype}, expected one of {_names(_FLOATS)}.")
+    if (residual.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(
+            f"residual has dtype {residual.dtype} and x {x.dtype}, expected fp64 for both or neither. "
+            "Remedy: x.double() or residual.double()."
+        )
+    if residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
+    if residual.device != x.device:
+        raise ValueError(f"residual is on {residual.device}, expected {x.device}, where x is.")
 
 
 def check_prior(name, prior, x, shape):
@@ -172,6 +230,21 @@ def check_not_negative(name, value):
         raise ValueError(f"{name} is {value}, expected a finite number of 0 or more.")
 
 
+def transforming():
+    """Whether a transform of torch.func (grad, vmap, ...) runs, outside of torch.compile."""
+    return not torch.compiler.is_compiling() and _transforms_active()
+
+
+def is_readable(tensor):
+    """Whether the value can be looked at now: not traced, transformed, captured into a CUDA graph, or absent."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.device.type != "meta"
+        and not (torch.compiler.is_compiling() or _transforms_active())
+        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
 def _is_real(value):
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -184,7 +257,10 @@ def _check_like(name, parameter, x, shape):
             f"{name} has dtype {parameter.dtype}, expected one of {_names(_FLOATS)}. Remedy: {name}.float()."
         )
     if parameter.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected normalized_shape {shape}.")
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)}, expected {shape}, normalized_shape "
+            "(after the number of groups, where weight has groups)."
+        )
     if parameter.device != x.device:
         raise ValueError(
             f"{name} is on {parameter.device}, expected {x.device}, where x is. Remedy: {name}.to(x.device)."

@@ -1,85 +1,103 @@
 """Forward and backward in explicit PyTorch formulas: what the kernels compute, for tensors on the CPU.
 
 Same arguments and results as `klnorm.launch`. Backward regenerates the noise and saves nothing of the size of x but x.
-Rows are viewed as (outer, draws, inner, N), so that every draw's sample (draws, 1, N) broadcasts over its rows.
+Groups of rows are worked through one after the other. The rows of a group are viewed as (outer, draws, inner, N), so
+that every draw's sample (draws, 1, N) broadcasts over its rows.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .reference.kl_norm import TINY_RHO, accumulation_dtype, kl_normal
+from .layout import first_draw, group_layout
+from .reference.kl_norm import FLOOR, TINY_RHO, accumulation_dtype, kl_deterministic, kl_normal
 from .reference.noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
 
 
-def forward(
-    x, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed,
-    weight_prior_value, bias_prior_value, prior_std, eps, draws, inner,
-):  # fmt: skip
-    """(y, kl, mean, rstd); the arguments are those of the operator in `klnorm.ops`."""
-    acc = accumulation_dtype(x)
-    w, b, w_rho, b_rho = _flat(acc, weight, bias, weight_rho, bias_rho)
-    w_prior, b_prior = _flat(acc, weight_prior, bias_prior)
-    kl = kl_normal(w, w_rho, weight_prior_value if w_prior is None else w_prior, prior_std).sum()
-    if b is not None:
-        kl = kl + kl_normal(b, b_rho, bias_prior_value if b_prior is None else b_prior, prior_std).sum()
+class Posterior(NamedTuple):
+    """Parameters (N,) of one group of rows in the accumulation dtype; deviations and shift may be None."""
 
-    rows = x.reshape(-1, w.numel()).to(acc).contiguous()
-    mean = rows.mean(1)
-    centred = rows - mean[:, None]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    weight_rho: torch.Tensor | None
+    bias_rho: torch.Tensor | None
+
+
+class Noise(NamedTuple):
+    """The noise of one group: its rows' draws and where among all rows and draws they begin."""
+
+    mode: str
+    seed: torch.Tensor | None
+    draws: int
+    inner: int
+    first_draw: int
+    first_row: int
+
+
+def forward(
+    x, residual, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed,
+    weight_prior_value, bias_prior_value, prior_std, eps, draws, inner, groups, rms,
+):  # fmt: skip
+    """(y, sum, kl, mean, rstd); the arguments are those of the operator in `klnorm.ops`."""
+    acc = accumulation_dtype(x)
+    z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype)
+    posteriors = _posteriors(acc, groups, weight, bias, weight_rho, bias_rho)
+    priors = _priors(acc, weight_prior, bias_prior, weight_prior_value, bias_prior_value)
+    kl = [_kl(posterior, priors, prior_std) for posterior in posteriors]
+    kl = kl[0] if groups == 1 else torch.stack(kl)
+
+    rows = z.reshape(-1, weight.numel() // groups)
+    all_rows = rows.to(acc).contiguous()
+    mean = None if rms else all_rows.mean(1)
+    centred = all_rows if rms else all_rows - mean[:, None]
     rstd = torch.rsqrt((centred**2).mean(1) + eps)
-    noise = noise_mode(seed, len(rows), draws)
-    xhat = _by_draw(centred * rstd[:, None], noise, draws, inner)
-    eps = _shared_normals(seed, noise, draws, w, b)
-    y = xhat * _sample(w, w_rho, eps, SCALE_STREAM)
-    if b is not None:
-        y += _sample(b, b_rho, eps, SHIFT_STREAM)
-    if noise == "merged":
-        y += _merged_variance(xhat, w_rho, b_rho).sqrt() * _merged_normals(seed, xhat)
-    return y.reshape(x.shape).to(x.dtype), kl, mean, rstd
+    parts = _parts(len(rows), groups, seed, draws, inner)
+    xhat = centred * rstd[:, None]
+    y = [_affine(xhat[part], *each) for part, *each in zip(parts[0], posteriors, parts[1], strict=True)]
+    y = (y[0] if groups == 1 else torch.cat(y)).reshape(x.shape).to(x.dtype)
+    return y, None if residual is None else z, kl, mean, rstd
 
 
 def backward(
-    dy, dkl, x, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed, mean, rstd,
-    weight_prior_value, bias_prior_value, prior_std, draws, inner,
+    dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed, mean, rstd,
+    weight_prior_value, bias_prior_value, prior_std, draws, inner, groups,
 ):  # fmt: skip
-    """(dx, dweight, dbias, dweight_rho, dbias_rho), None where there is no shift; `dy` or `dkl` may be None."""
-    acc = accumulation_dtype(x)
-    w, b, w_rho, b_rho = _flat(acc, weight, bias, weight_rho, bias_rho)
-    w_prior, b_prior = _flat(acc, weight_prior, bias_prior)
-    noise = noise_mode(seed, len(mean), draws)
-    dw, ds = torch.zeros_like(w), torch.zeros_like(w)
-    db, dt = torch.zeros_like(w), torch.zeros_like(w)
-    dx = None
-    if dy is not None:
-        n = w.numel()
-        xhat = _by_draw((x.reshape(-1, n).to(acc).contiguous() - mean[:, None]) * rstd[:, None], noise, draws, inner)
-        g = _by_draw(dy.reshape(-1, n).to(acc).contiguous(), noise, draws, inner)
-        eps = _shared_normals(seed, noise, draws, w, b)
-        dxhat = g * _sample(w, w_rho, eps, SCALE_STREAM)
-        dw_by_draw, db_by_draw = (g * xhat).sum((0, 2)), g.sum((0, 2))
-        dw, db = dw_by_draw.sum(0), db_by_draw.sum(0)
-        if noise == "shared":
-            ds = (dw_by_draw * eps[SCALE_STREAM]).sum(0)
-            dt = dt if b is None else (db_by_draw * eps[SHIFT_STREAM]).sum(0)
-        elif noise == "merged":
-            s = F.softplus(w_rho)
-            variance = _merged_variance(xhat, w_rho, b_rho)
-            u = g * _merged_normals(seed, xhat) * torch.where(variance > 0, variance.rsqrt(), 0)
-            dxhat += u * s**2 * xhat
-            ds = s * (u * xhat**2).sum((0, 1, 2))
-            dt = dt if b is None else F.softplus(b_rho) * u.sum((0, 1, 2))
-        xhat, dxhat = xhat.reshape(-1, n), dxhat.reshape(-1, n)
-        along_one = dxhat.mean(1, keepdim=True)
-        along_xhat = (dxhat * xhat).mean(1, keepdim=True)
-        dx = (rstd[:, None] * (dxhat - along_one - xhat * along_xhat)).reshape(x.shape).to(x.dtype)
+    """(dx, dresidual, dweight, dbias, dweight_rho, dbias_rho), None where there is none, and dresidual like dx as well.
 
-    prior = weight_prior_value if w_prior is None else w_prior
-    dweight, dweight_rho = _parameter_gradients(weight, w, w_rho, prior, prior_std, dw, ds, dkl)
-    dbias = dbias_rho = None
-    if b is not None:
-        prior = bias_prior_value if b_prior is None else b_prior
-        dbias, dbias_rho = _parameter_gradients(bias, b, b_rho, prior, prior_std, db, dt, dkl)
-    return dx, dweight, dbias, dweight_rho, dbias_rho
+    `z` is what was normalized, x or its sum with the residual; `dy` and `dkl` may be None.
+    """
+    acc = accumulation_dtype(z)
+    posteriors = _posteriors(acc, groups, weight, bias, weight_rho, bias_rho)
+    priors = _priors(acc, weight_prior, bias_prior, weight_prior_value, bias_prior_value)
+    n = weight.numel() // groups
+    sums = [_zero_sums(posterior) for posterior in posteriors]
+    dz = None
+    if dy is not None:
+        xhat = z.reshape(-1, n).to(acc).contiguous()
+        xhat = (xhat if mean is None else xhat - mean[:, None]) * rstd[:, None]
+        g = dy.reshape(-1, n).to(acc).contiguous()
+        parts, noises = _parts(len(rstd), groups, seed, draws, inner)
+        dxhat = torch.empty_like(xhat)
+        for i, (part, noise) in enumerate(zip(parts, noises, strict=True)):
+            dxhat[part], sums[i] = _affine_backward(g[part], xhat[part], posteriors[i], noise)
+        along_xhat = (dxhat * xhat).mean(1, keepdim=True)
+        along_one = 0 if mean is None else dxhat.mean(1, keepdim=True)
+        dz = (rstd[:, None] * (dxhat - along_one - xhat * along_xhat)).reshape(z.shape)
+        if dsum is not None:
+            dz = dz + dsum.to(acc)
+    gradients = [
+        _parameter_gradients(posterior, priors, prior_std, *group_sums, None if dkl is None else dkl.reshape(-1)[i])
+        for i, (posterior, group_sums) in enumerate(zip(posteriors, sums, strict=True))
+    ]
+    like = weight, bias, weight_rho, bias_rho
+    gradients = [
+        None if p is None else torch.stack(part).to(p.dtype).view_as(p)
+        for p, part in zip(like, zip(*gradients, strict=True), strict=True)
+    ]
+    dx = None if dz is None else dz.to(dy.dtype)
+    dresidual = dz.to(z.dtype) if dz is not None and z.dtype != dy.dtype else None
+    return dx, dresidual, *gradients
 
 
 def noise_mode(seed, n_rows, draws):
@@ -89,25 +107,94 @@ def noise_mode(seed, n_rows, draws):
     return "merged" if draws == n_rows else "shared"
 
 
-def _flat(dtype, *tensors):
-    return [None if t is None else t.reshape(-1).to(dtype) for t in tensors]
+def _posteriors(acc, groups, *parameters):
+    """The posterior of every group."""
+    split = [[None] * groups if p is None else p.reshape(groups, -1).to(acc) for p in parameters]
+    return [Posterior(*each) for each in zip(*split, strict=True)]
 
 
-def _by_draw(rows, noise, draws, inner):
-    """(M, N) as (outer, draws, inner, N); one draw for all where none is shared."""
-    if noise != "shared" or not len(rows):
-        draws, inner = 1, len(rows)
-    return rows.view(-1 if len(rows) else 1, draws, inner, rows.shape[1])
+def _priors(acc, weight_prior, bias_prior, weight_prior_value, bias_prior_value):
+    return (
+        weight_prior_value if weight_prior is None else weight_prior.reshape(-1).to(acc),
+        bias_prior_value if bias_prior is None else bias_prior.reshape(-1).to(acc),
+    )
 
 
-def _shared_normals(seed, noise, draws, w, b):
+def _parts(n_rows, groups, seed, draws, inner):
+    """(slices of the rows, Noise) of the groups."""
+    group_rows = n_rows // groups
+    mode = noise_mode(seed, n_rows, draws)
+    shared = mode == "shared" and n_rows
+    layout = group_layout(draws, inner, group_rows) if shared else (1, group_rows)
+    starts = [i * group_rows for i in range(groups)]
+    firsts = [first_draw(i, draws, inner, group_rows) if shared else 0 for i in range(groups)]
+    noises = [Noise(mode, seed, *layout, first, start) for first, start in zip(firsts, starts, strict=True)]
+    return [slice(start, start + group_rows) for start in starts], noises
+
+
+def _kl(posterior, priors, prior_std):
+    weight_prior, bias_prior = priors
+    w, b, w_rho, b_rho = posterior
+    if w_rho is None:
+        return kl_deterministic(w, torch.zeros_like(w) if b is None else b, bias_prior, prior_std).sum()
+    kl = kl_normal(w, w_rho, weight_prior, prior_std).sum()
+    return kl if b is None else kl + kl_normal(b, b_rho, bias_prior, prior_std).sum()
+
+
+def _affine(xhat, posterior, noise):
+    """y (M, N) of a group's rows."""
+    w, b, w_rho, b_rho = posterior
+    rows = _by_draw(xhat, noise)
+    eps = _shared_normals(noise, w, b)
+    y = rows * _sample(w, w_rho, eps, SCALE_STREAM)
+    if b is not None:
+        y += _sample(b, b_rho, eps, SHIFT_STREAM)
+    if noise.mode == "merged":
+        y += _merged_variance(rows, w_rho, b_rho).sqrt() * _merged_normals(noise, rows)
+    return y.view_as(xhat)
+
+
+def _affine_backward(g, xhat, posterior, noise):
+    """dxhat (M, N) of a group's rows, and the sums over them that are the gradients of (weight, s, bias, t)."""
+    w, b, w_rho, b_rho = posterior
+    shape = xhat.shape
+    xhat, g = _by_draw(xhat, noise), _by_draw(g, noise)
+    eps = _shared_normals(noise, w, b)
+    dxhat = g * _sample(w, w_rho, eps, SCALE_STREAM)
+    dw_by_draw, db_by_draw = (g * xhat).sum((0, 2)), g.sum((0, 2))
+    ds = dt = torch.zeros_like(w)
+    if noise.mode == "shared":
+        ds = (dw_by_draw * eps[SCALE_STREAM]).sum(0)
+        dt = dt if b is None else (db_by_draw * eps[SHIFT_STREAM]).sum(0)
+    elif noise.mode == "merged":
+        s = F.softplus(w_rho)
+        variance = _merged_variance(xhat, w_rho, b_rho)
+        u = g * _merged_normals(noise, xhat) * torch.where(variance > 0, variance.rsqrt(), 0)
+        dxhat += u * s**2 * xhat
+        ds = s * (u * xhat**2).sum((0, 1, 2))
+        dt = dt if b is None else F.softplus(b_rho) * u.sum((0, 1, 2))
+    return dxhat.view(shape), (dw_by_draw.sum(0), ds, db_by_draw.sum(0), dt)
+
+
+def _zero_sums(posterior):
+    return (torch.zeros_like(posterior.weight),) * 4
+
+
+def _by_draw(rows, noise):
+    """(M, N) as (outer, draws, inner, N)."""
+    if not len(rows):
+        return rows.view(1, 1, 0, rows.shape[1])
+    return rows.view(-1, noise.draws, noise.inner, rows.shape[1])
+
+
+def _shared_normals(noise, w, b):
     """Normals (1 or 2, draws, N) of scale and, if there is one, shift, from one call; None where no draw is shared."""
-    if noise != "shared":
+    if noise.mode != "shared":
         return None
-    streams = 1 if b is None else 2
+    streams, draws = 1 if b is None else 2, noise.draws
     stream = torch.arange(streams).repeat_interleave(draws)[:, None]
-    eps = normals(seed, torch.arange(draws).repeat(streams), len(w), stream)
-    return eps.view(streams, draws, len(w)).to(w.dtype)
+    draw = torch.arange(noise.first_draw, noise.first_draw + draws).repeat(streams)
+    return normals(noise.seed, draw, len(w), stream).view(streams, draws, len(w)).to(w.dtype)
 
 
 def _sample(mean, rho, eps, stream):
@@ -115,9 +202,10 @@ def _sample(mean, rho, eps, stream):
     return mean if eps is None else (mean + F.softplus(rho) * eps[stream])[:, None]
 
 
-def _merged_normals(seed, xhat):
+def _merged_normals(noise, xhat):
     rows = xhat.flatten(0, 2)
-    return normals(seed, torch.arange(len(rows)), rows.shape[1], MERGED_STREAM).view_as(xhat)
+    row = torch.arange(noise.first_row, noise.first_row + len(rows))
+    return normals(noise.seed, row, rows.shape[1], MERGED_STREAM).view_as(xhat)
 
 
 def _merged_variance(xhat, w_rho, b_rho):
@@ -126,12 +214,27 @@ def _merged_variance(xhat, w_rho, b_rho):
     return variance if b_rho is None else variance + F.softplus(b_rho) ** 2
 
 
-def _parameter_gradients(parameter, mean, rho, prior, prior_std, dmean, dstd, dkl):
-    """(dmean, drho) in the dtype and shape of the parameter, with the gradient of the KL divergence added."""
+def _parameter_gradients(posterior, priors, prior_std, dw, ds, db, dt, dkl):
+    """(dweight, dbias, dweight_rho, dbias_rho) of a group, with the gradient of its KL divergence added."""
+    w, b, w_rho, b_rho = posterior
+    if w_rho is None:
+        if dkl is not None:
+            dw = dw + dkl * (w / prior_std**2 - w / (w**2 + (FLOOR * prior_std) ** 2))
+            db = db if b is None else db + dkl * (b - priors[1]) / prior_std**2
+        return dw, db, None, None
+    dw, dw_rho = _gaussian_gradients(w, w_rho, priors[0], prior_std, dw, ds, dkl)
+    if b is None:
+        return dw, None, dw_rho, None
+    db, db_rho = _gaussian_gradients(b, b_rho, priors[1], prior_std, db, dt, dkl)
+    return dw, db, dw_rho, db_rho
+
+
+def _gaussian_gradients(mean, rho, prior, prior_std, dmean, dstd, dkl):
+    """(dmean, drho) from the gradients of mean and deviation, and of the KL divergence."""
     drho = dstd * torch.sigmoid(rho)
     if dkl is not None:
         s, slope = F.softplus(rho), torch.sigmoid(rho)
         tiny = rho < TINY_RHO  # there 1/s ds/drho = 1, though s may underflow
         dmean = dmean + dkl * (mean - prior) / prior_std**2
         drho = drho + dkl * (s * slope / prior_std**2 - torch.where(tiny, 1, slope / torch.where(tiny, 1, s)))
-    return dmean.to(parameter.dtype).view_as(parameter), drho.to(parameter.dtype).view_as(parameter)
+    return dmean, drho

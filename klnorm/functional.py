@@ -1,4 +1,4 @@
-"""The functional form: checks its arguments, lays out the draws, draws the seed."""
+"""The functional forms: checks its arguments, lays out the draws, draws the seed."""
 
 import math
 
@@ -25,6 +25,8 @@ def kl_layer_norm(
     sample=True,
     seed=None,
     generator=None,
+    posterior="sampled",
+    residual=None,
 ):
     r"""Layer normalization whose scale and shift are Gaussian, and their KL divergence from the prior.
 
@@ -39,34 +41,44 @@ def kl_layer_norm(
     Low Resource Tasks" (2022, arXiv 2212.11275), whose own equations are unverified here. Arithmetic in fp32 (fp64 for
     fp64 `x`).
 
+    Another reading is `posterior="deterministic"`: the normalized activation itself plays the noise, so that
+    :math:`y_j \sim N(\mathrm{bias}_j, \mathrm{weight}_j^2)`. y is LayerNorm's, there are no deviations, and
+    :math:`\mathrm{kl} = \sum_j \mathrm{KL}(N(\mathrm{bias}_j, \mathrm{weight}_j^2) \| N(\mathrm{bias\_prior}_j,
+    \mathrm{prior\_std}^2))`, where the logarithm takes :math:`\sqrt{\mathrm{weight}^2 + (\mathrm{prior\_std} /
+    1000)^2}` for :math:`|\mathrm{weight}|`, so that a weight of 0 costs log 1000 nats and not infinitely many.
+
     Args:
         x: (..., \*normalized_shape), floating point; read in place where rows of adjacent features have one stride,
-            through one copy otherwise.
+            through one copy otherwise. M rows of N features.
         normalized_shape: int or sequence of ints; N is their product.
-        weight: posterior mean of the scale, `normalized_shape`, any floating dtype.
+        weight: posterior mean of the scale, `normalized_shape`, any floating dtype. Or (G, \*normalized_shape), all
+            four parameters alike, where G divides M: row r then has the parameters of group r // (M / G).
         bias: posterior mean of the shift, or None together with `bias_rho` for no shift.
-        weight_rho: deviation of the scale before softplus, like `weight`.
-        bias_rho: deviation of the shift before softplus, like `weight`.
-        weight_prior: prior mean of the scale, a float or a tensor of `normalized_shape`; no gradient.
+        weight_rho: deviation of the scale before softplus, like `weight`; None in the deterministic reading.
+        bias_rho: deviation of the shift before softplus, likewise.
+        weight_prior: prior mean of the scale, a float or a tensor of `normalized_shape`; no gradient. Not used in the
+            deterministic reading.
         bias_prior: prior mean of the shift, likewise.
         prior_std: deviation of the prior, > 0.
         eps: added to the variance, > 0.
         noise: which rows share a draw of scale and shift: "batch" all of them, "sample" those of one index of
-        `sample_dim`,
-            "token" none.
+            `sample_dim`, "token" none.
         sample_dim: the dimension of `x` that counts samples; not a normalized one. Only for noise="sample".
         sample: False uses the means: LayerNorm.
         seed: int64 tensor of one element on the device of `x`, all 64 bits used; drawn from torch's generator if None.
         generator: torch.Generator of the device of `x` to draw the seed from.
+        posterior: "sampled" or "deterministic".
+        residual: None, or a tensor like `x`, of any floating dtype, that is added to it first, in one pass. What is
+            normalized is the sum, rounded to the dtype of `residual`.
 
     Returns:
-        y, like `x` in shape and dtype, contiguous; and kl, a scalar in nats, fp32 (fp64 for fp64 `x`). Both
+        y, like `x` in shape and dtype, contiguous; and kl in nats, fp32 (fp64 for fp64 `x`), a scalar, or (G,) where
+        the parameters have groups. With a residual (y, x + residual, kl), the sum in the dtype of `residual`. All
         differentiable once.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message says which,
-        what
-            came, what was expected and what to do. On the CPU also for a KL divergence that is not finite.
+            what came, what was expected and what to do. On the CPU also for a KL divergence that is not finite.
 
     Example:
         >>> x, weight, bias = torch.randn(4, 5, 8), torch.ones(8), torch.zeros(8)
@@ -74,44 +86,106 @@ def kl_layer_norm(
         >>> y, kl = klnorm.functional.kl_layer_norm(x, 8, weight, bias, rho, rho, noise="token")
         >>> y.shape, kl.shape
         (torch.Size([4, 5, 8]), torch.Size([]))
+        >>> y, kl = klnorm.functional.kl_layer_norm(
+        ...     x, 8, weight, bias, None, None, posterior="deterministic", prior_std=1.0
+        ... )
+        >>> torch.equal(y, F.layer_norm(x, (8,), weight, bias)), round(kl.item(), 5)
+        (True, 0.0)
     """
-    y, kl = normalize(
-        x, normalized_shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
-        noise, sample_dim, sample, seed, generator,
+    y, sum_, kl = normalize(
+        x, residual, normalized_shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
+        noise, sample_dim, sample, seed, generator, posterior,
     )  # fmt: skip
-    if type(kl) is torch.Tensor and kl.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_finite(kl, weight=weight, bias=bias, weight_rho=weight_rho, bias_rho=bias_rho)
-    return y, kl
+    _check_finite(kl, weight=weight, bias=bias, weight_rho=weight_rho, bias_rho=bias_rho)
+    return (y, kl) if residual is None else (y, sum_, kl)
+
+
+def kl_rms_norm(
+    x,
+    normalized_shape,
+    weight,
+    weight_rho,
+    *,
+    weight_prior=1.0,
+    prior_std=0.1,
+    eps=None,
+    noise="sample",
+    sample_dim=0,
+    sample=True,
+    seed=None,
+    generator=None,
+    posterior="sampled",
+    residual=None,
+):
+    r"""RMS normalization whose scale is Gaussian, and its KL divergence from the prior.
+
+    :math:`y = \gamma \hat x` with :math:`\hat x = x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}}` (Zhang and Sennrich
+    2019, arXiv 1910.07467), without a shift; everything else as in `kl_layer_norm`.
+
+    Args:
+        eps: added to the mean square, > 0; the machine epsilon of the dtype of `x` if None, as in nn.RMSNorm.
+        x, normalized_shape, weight, weight_rho, weight_prior, prior_std, noise, sample_dim, sample, seed, generator,
+            posterior, residual: as for `kl_layer_norm`.
+
+    Returns:
+        (y, kl), or (y, x + residual, kl), as `kl_layer_norm`.
+
+    Raises:
+        TypeError, ValueError: as `kl_layer_norm`.
+
+    Example:
+        >>> x, weight, rho = torch.randn(4, 5, 8), torch.ones(8), torch.full((8,), -3.0)
+        >>> y, total, kl = klnorm.functional.kl_rms_norm(x, 8, weight, rho, residual=torch.ones(4, 5, 8))
+        >>> torch.equal(total, x + 1)
+        True
+    """
+    y, sum_, kl = normalize(
+        x, residual, normalized_shape, weight, None, weight_rho, None, weight_prior, 0.0, prior_std,
+        eps, noise, sample_dim, sample, seed, generator, posterior, rms=True,
+    )  # fmt: skip
+    _check_finite(kl, weight=weight, weight_rho=weight_rho)
+    return (y, kl) if residual is None else (y, sum_, kl)
 
 
 def normalize(
-    x, normalized_shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
-    noise, sample_dim, sample, seed, generator,
+    x, residual, normalized_shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
+    noise, sample_dim, sample, seed, generator, posterior, rms=False,
 ):  # fmt: skip
-    """`kl_layer_norm` without its check that the KL is finite, which a layer leaves to `klnorm.kl_divergence`."""
+    """(y, sum or None, kl) without the check that the KL is finite, which a layer leaves to `klnorm.kl_divergence`."""
     shape = checks.as_shape(normalized_shape)
-    checks.check_config(prior_std, eps, noise)
     checks.check_input(x, shape)
-    checks.check_parameters(x, shape, weight, bias, weight_rho, bias_rho)
+    checks.check_residual(residual, x)
+    eps = torch.finfo(x.dtype).eps if rms and eps is None else eps
+    checks.check_config(prior_std, eps, noise)
+    checks.check_posterior(posterior)
+    groups = checks.check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior)
     checks.check_prior("weight_prior", weight_prior, x, shape)
     checks.check_prior("bias_prior", bias_prior, x, shape)
+    sample = sample and posterior == "sampled"
     if noise == "sample" and sample:
         sample_dim = checks.resolve_sample_dim(x, len(shape), sample_dim)
     draws, inner = draw_layout(x.shape, len(shape), noise if sample else "batch", sample_dim)
-    checks.check_rows(draws * inner)
-    if not sample:
-        seed = None
-    elif seed is not None:
-        checks.check_seed(seed, x)
-        seed = seed.reshape(1)
-    else:
-        checks.check_generator(generator, x)
-        seed = torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
-    return ops.KLLayerNormFunction.apply(
-        x, weight, bias, weight_rho, bias_rho,
-        *_prior_tensors(weight_prior, bias_prior), seed,
-        *_prior_numbers(weight_prior, bias_prior), prior_std, eps, draws, inner,
+    n_rows = x.numel() // math.prod(shape)
+    checks.check_rows(n_rows)
+    if groups is not None:
+        checks.check_groups(groups, n_rows, draws, inner)
+    function = ops.TransformableFunction if checks.transforming() else ops.KLNormFunction
+    y, sum_, kl, *_ = function.apply(
+        x, residual, weight, bias, weight_rho, bias_rho,
+        *_prior_tensors(weight_prior, bias_prior), _seed(x, seed, generator) if sample else None,
+        *_prior_numbers(weight_prior, bias_prior), prior_std, eps, draws, inner, 1 if groups is None else groups, rms,
     )  # fmt: skip
+    return y, sum_, kl.reshape(1) if groups == 1 else kl
+
+
+def _seed(x, seed, generator):
+    """The caller's seed (1,), or one drawn from torch's generator."""
+    if seed is not None:
+        checks.check_seed(seed, x)
+        return seed.reshape(1)
+    checks.check_generator(generator, x)
+    # With generator=, though it be None, this is the overload that inductor leaves to torch: eager's seeds.
+    return torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
 
 
 def _prior_tensors(*priors):
@@ -123,8 +197,9 @@ def _prior_numbers(*priors):
 
 
 def _check_finite(kl, **parameters):
-    if not math.isfinite(kl.item()):
+    """Raise for a KL divergence that is not finite, where looking at it costs nothing."""
+    if kl.device.type == "cpu" and checks.is_readable(kl) and not kl.detach().isfinite().all():
         raise ValueError(
-            f"the KL divergence is {kl.item()}: {checks.describe_not_finite(parameters.items())}. "
+            f"the KL divergence is {kl.tolist()}: {checks.describe_not_finite(parameters.items())}. "
             "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
         )

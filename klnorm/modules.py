@@ -168,7 +168,7 @@ class KLLayerNorm(nn.LayerNorm):
         """y, like `x`: sampled in training mode, LayerNorm with the posterior means in evaluation mode."""
         if not (self.training or self._sampling):
             return self._evaluate(x)
-        y, kl = self._normalize(x, sample=True)
+        y, _, kl = self._normalize(x, sample=True)
         if not torch.compiler.is_compiling():
             self._last_kl.remember(kl, y, self._kl_inputs(), self.prior_std)
         return y
@@ -185,9 +185,9 @@ class KLLayerNorm(nn.LayerNorm):
 
     def _normalize(self, x, sample):
         return normalize(
-            x, self.normalized_shape, self.weight, self.bias, self.weight_rho, self.bias_rho,
+            x, None, self.normalized_shape, self.weight, self.bias, self.weight_rho, self.bias_rho,
             self.weight_prior, 0.0 if self.bias_prior is None else self.bias_prior, self.prior_std, self.eps,
-            self.noise, self.sample_dim, sample, None, self.generator,
+            self.noise, self.sample_dim, sample, None, self.generator, "sampled",
         )  # fmt: skip
 
     def posterior_parameters(self):

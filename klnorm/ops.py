@@ -1,15 +1,21 @@
-"""The operators `klnorm::layer_norm_forward` and `klnorm::layer_norm_backward`, and the autograd Function around them.
+"""The operators `klnorm::norm_forward` and `klnorm::norm_backward`, and the autograd Functions around them.
 
 Arguments of the operators, in order:
 
     x                                    (..., *normalized_shape), any floating dtype and strides
-    weight, bias, weight_rho, bias_rho   normalized_shape, one floating dtype; bias and bias_rho None together
+    residual                             None, or to be added to x first: shape of x, any floating dtype
+    weight, bias, weight_rho, bias_rho   (groups, *normalized_shape), or normalized_shape for one group; one floating
+                                         dtype; None where there is no shift; weight_rho None: deterministic reading
     weight_prior, bias_prior             normalized_shape or None: then the numbers below
     seed                                 int64, one element; None: no sampling (evaluation)
     weight_prior_value, bias_prior_value, prior_std, eps
     draws, inner                         row r uses draw (r // inner) % draws
+    groups                               row r of M uses the parameters of group r // (M // groups)
+    rms                                  RMSNorm: no mean is subtracted
 
-Forward returns y (as x), kl (scalar, nats), mean and rstd (M,), the latter three in fp32, or fp64 for fp64 `x`.
+Forward returns y (as x), the sum with the residual (as that), kl (scalar, or (groups,), in nats), mean and rstd (M,),
+the latter three in fp32, or fp64 for fp64 `x`. What is not there is an empty tensor. Backward takes as z what was
+normalized, x or the sum.
 """
 
 import functools
@@ -19,29 +25,28 @@ import torch
 from . import cpu
 from .versions import require_triton
 
-_FORWARD = """layer_norm_forward(
-    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor?
-    bias_prior,
-    Tensor? seed, float weight_prior_value, float bias_prior_value, float prior_std, float eps, SymInt draws, SymInt
-    inner
-) -> (Tensor, Tensor, Tensor, Tensor)"""
+_PARAMETERS = """
+    Tensor weight, Tensor? bias, Tensor? weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor? bias_prior,
+    Tensor? seed"""
 
-# A gradient that does not exist (no shift, or dy is None) comes back as an empty tensor.
-_BACKWARD = """layer_norm_backward(
-    Tensor? dy, Tensor? dkl,
-    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor?
-    bias_prior,
-    Tensor? seed, Tensor mean, Tensor rstd, float weight_prior_value, float bias_prior_value, float prior_std,
-    SymInt draws, SymInt inner
+_FORWARD = f"""norm_forward(
+    Tensor x, Tensor? residual, {_PARAMETERS}, float weight_prior_value, float bias_prior_value, float prior_std,
+    float eps, SymInt draws, SymInt inner, SymInt groups, bool rms
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
+
+# The gradients of z in the dtype of dy and, where that is another one, of z; then of the parameters.
+_BACKWARD = f"""norm_backward(
+    Tensor? dy, Tensor? dsum, Tensor? dkl, Tensor z, {_PARAMETERS}, Tensor? mean, Tensor rstd,
+    float weight_prior_value, float bias_prior_value, float prior_std, SymInt draws, SymInt inner, SymInt groups
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 _library = torch.library.Library("klnorm", "DEF")
 for _schema in _FORWARD, _BACKWARD:
     _library.define(" ".join(_schema.split()), tags=torch.Tag.pt2_compliant_tag)
 
 
-def _filled(gradients, like):
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+def _filled(outputs, like):
+    return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
 
 @functools.cache
@@ -53,66 +58,115 @@ def _launch():
     return launch
 
 
-_library.impl("layer_norm_forward", cpu.forward, "CPU")
-_library.impl("layer_norm_forward", lambda *args: _launch().forward(*args), "CUDA")
-_library.impl("layer_norm_backward", lambda *args: _filled(cpu.backward(*args), args[2]), "CPU")
-_library.impl("layer_norm_backward", lambda *args: _filled(_launch().backward(*args), args[2]), "CUDA")
+_library.impl("norm_forward", lambda x, *args: _filled(cpu.forward(x, *args), x), "CPU")
+_library.impl("norm_forward", lambda x, *args: _filled(_launch().forward(x, *args), x), "CUDA")
+_library.impl("norm_backward", lambda *args: _filled(cpu.backward(*args), args[3]), "CPU")
+_library.impl("norm_backward", lambda *args: _filled(_launch().backward(*args), args[3]), "CUDA")
 
 
-@torch.library.register_fake("klnorm::layer_norm_forward", lib=_library)
-def _forward_fake(x, weight, *_):
-    statistics = x.new_empty((x.numel() // weight.numel(),), dtype=cpu.accumulation_dtype(x))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, statistics.new_empty(()), statistics, torch.empty_like(statistics)
+def _empty_like(tensor):
+    """Contiguous; None for None."""
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-@torch.library.register_fake("klnorm::layer_norm_backward", lib=_library)
-def _backward_fake(dy, dkl, x, weight, bias, weight_rho, bias_rho, *_):
-    dx = None if dy is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parameters = (None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-                  for p in (weight, bias, weight_rho, bias_rho))  # fmt: skip
-    return _filled((dx, *parameters), x)
+@torch.library.register_fake("klnorm::norm_forward", lib=_library)
+def _forward_fake(x, residual, weight, *args):
+    *_, groups, rms = args
+    rstd = x.new_empty((x.numel() * groups // weight.numel(),), dtype=cpu.accumulation_dtype(x))
+    kl = rstd.new_empty(() if groups == 1 else (groups,))
+    return _filled((_empty_like(x), _empty_like(residual), kl, None if rms else torch.empty_like(rstd), rstd), x)
 
 
-_forward = torch.ops.klnorm.layer_norm_forward.default
-_backward = torch.ops.klnorm.layer_norm_backward.default
+@torch.library.register_fake("klnorm::norm_backward", lib=_library)
+def _backward_fake(dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, *_):
+    dx = None if dy is None else torch.empty(z.shape, dtype=dy.dtype, device=z.device)
+    dresidual = None if dy is None or dy.dtype == z.dtype else _empty_like(z)
+    return _filled((dx, dresidual, *map(_empty_like, (weight, bias, weight_rho, bias_rho))), z)
 
 
-class KLLayerNormFunction(torch.autograd.Function):
-    """(y, kl) and the gradients of both. Saves x, the parameters, the seed, and mean and rstd of every row."""
+_forward = torch.ops.klnorm.norm_forward.default
+_backward = torch.ops.klnorm.norm_backward.default
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed, *numbers):
-        tensors = x, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed
-        y, kl, mean, rstd = _forward(*tensors, *numbers)
-        ctx.save_for_backward(*tensors, mean, rstd)
-        weight_prior_value, bias_prior_value, prior_std, _, draws, inner = numbers
-        ctx.numbers = weight_prior_value, bias_prior_value, prior_std, draws, inner
-        ctx.set_materialize_grads(False)
-        return y, kl
+_TENSORS = 9  # of the forward operator's arguments, the first
+
+
+class KLNormFunction(torch.autograd.Function):
+    """(y, sum, kl) and the gradients of them. Saves z, the parameters, the seed, and mean and rstd of every row."""
 
     @staticmethod
-    def backward(ctx, dy, dkl):
+    def forward(ctx, *inputs):
+        y, sum_, kl, mean, rstd = _forward(*inputs)
+        _save(ctx, inputs, sum_, mean, rstd)
+        return y, sum_ if ctx.has_residual else None, kl
+
+    @staticmethod
+    def backward(ctx, dy, dsum, dkl):
         ctx.consumed = True  # tells klnorm.kl that this graph is spent
         gradients = _GradientsOnce.apply if torch.is_grad_enabled() else _gradients
-        return *gradients(dy, dkl, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
+        dx, dresidual, *rest = gradients(dy, dsum, dkl, *ctx.saved_tensors, *ctx.numbers)
+        if ctx.has_residual:
+            dx, dresidual = (dsum, dsum) if dy is None else (dx, dx if dresidual is None else dresidual)
+        return dx if dx is None else dx.to(ctx.x_dtype), dresidual, *rest, *[None] * 11
 
 
-def _gradients(dy, dkl, x, weight, bias, *args):
-    dx, dweight, dbias, dweight_rho, dbias_rho = _backward(dy, dkl, x, weight, bias, *args)
+class TransformableFunction(KLNormFunction):
+    """The same under torch.func's transforms. Apart, because autograd spends microseconds on calls of this form."""
+
+    @staticmethod
+    def forward(*inputs):
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, sum_, _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        _save(ctx, inputs, sum_, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dy, dsum, dkl, *_):
+        return KLNormFunction.backward(ctx, dy, dsum, dkl)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(TransformableFunction.apply, info, in_dims, inputs)
+
+    @staticmethod
+    def jvp(*_):
+        raise RuntimeError(
+            "klnorm has no forward-mode derivatives, which torch.func.jvp, jacfwd and hessian take. "
+            "Remedy: torch.func.vjp or jacrev, or klnorm.reference.kl_layer_norm there."
+        )
+
+
+def _save(ctx, inputs, sum_, mean, rstd):
+    (x, residual, *parameters), numbers = inputs[:_TENSORS], inputs[_TENSORS:]
+    weight_prior_value, bias_prior_value, prior_std, _, draws, inner, groups, rms = numbers
+    ctx.has_residual, ctx.x_dtype = residual is not None, x.dtype
+    ctx.save_for_backward(sum_ if ctx.has_residual else x, *parameters, None if rms else mean, rstd)
+    ctx.numbers = weight_prior_value, bias_prior_value, prior_std, draws, inner, groups
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(dy, dsum, dkl, z, *args):
+    """As the operator's, None for what there is not."""
+    dx, dresidual, *rest = _backward(dy, dsum, dkl, z, *args)
     if dy is None:
         dx = None
-    if bias is None:
-        dbias = dbias_rho = None
-    return dx, dweight, dbias, dweight_rho, dbias_rho
+    if dy is None or dy.dtype == z.dtype:
+        dresidual = None
+    return dx, dresidual, *(None if p is None else gradient for p, gradient in zip(args, rest, strict=False))
 
 
 class _GradientsOnce(torch.autograd.Function):
     """The gradients where autograd records (create_graph=True): their derivatives must raise, not come out as zero."""
 
     @staticmethod
-    def forward(ctx, *args):
-        return _gradients(*args)
+    def forward(*inputs):
+        return _gradients(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *_):
@@ -120,3 +174,17 @@ class _GradientsOnce(torch.autograd.Function):
             "klnorm has no second derivatives: a backward of the backward (create_graph=True) went through it. "
             "Remedy: use klnorm.reference.kl_layer_norm there, which autograd differentiates any number of times."
         )
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(_GradientsOnce.apply, info, in_dims, inputs)
+
+
+def _one_by_one(function, info, in_dims, inputs):
+    """The rule of vmap: one call for every index of the mapped dimension, outputs stacked."""
+    calls = [
+        function(*(v if dim is None else v.select(dim, i) for v, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    outputs = [None if values[0] is None else torch.stack(values) for values in zip(*calls, strict=True)]
+    return tuple(outputs), tuple(None if output is None else 0 for output in outputs)

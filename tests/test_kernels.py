@@ -27,8 +27,9 @@ class Problem:
     """Random inputs and cotangents for one call, on `device`."""
 
     def __init__(
-        self, device, leading, n, noise, sample_dim=0, *, bias=True, dtype=torch.float32, param_dtype=None, priors=True
-    ):
+        self, device, leading, n, noise, sample_dim=0, *, bias=True, dtype=torch.float32, param_dtype=None, priors=True,
+        rms=False, deterministic=False, groups=None, residual=None,
+    ):  # fmt: skip
         generator = torch.Generator().manual_seed(sum(leading) * 31 + n)
 
         def randn(*shape, dtype=dtype):
@@ -36,47 +37,52 @@ class Problem:
 
         param_dtype = param_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
         self.x, self.dy = 2 * randn(*leading, n) + 1, randn(*leading, n)
-        means = [randn(n, dtype=param_dtype) for _ in range(2)]
-        rhos = [randn(n, dtype=param_dtype) - 1 for _ in range(2)]
+        shape = (n,) if groups is None else (groups, n)
+        means = [randn(*shape, dtype=param_dtype) for _ in range(2)]
+        rhos = [None, None] if deterministic else [randn(*shape, dtype=param_dtype) - 1 for _ in range(2)]
         prior_tensors = [randn(n, dtype=param_dtype) for _ in range(2)] if priors else [None, None]
-        if not bias:
+        if not bias or rms:
             means[1] = rhos[1] = prior_tensors[1] = None
         self.parameters = [means[0], means[1], rhos[0], rhos[1]]
         self.prior_tensors, self.prior_values = prior_tensors, (0.9, -0.1)
         self.noise, self.sample_dim, self.n = noise, sample_dim, n
-        self.seed = None if noise == "none" else torch.tensor([-(2**62) + 12345], device=device)
-        self.dkl = torch.tensor(0.7, device=device, dtype=kl_norm.accumulation_dtype(self.x))
-        mode = "batch" if noise == "none" else noise
+        self.residual = self.dsum = None
+        if residual is not None:
+            self.residual, self.dsum = 2 * randn(*leading, n, dtype=residual), randn(*leading, n, dtype=residual)
+        self.groups, self.rms = groups, rms
+        self.sampled = noise != "none" and not deterministic
+        self.seed = torch.tensor([-(2**62) + 12345], device=device) if self.sampled else None
+        acc = kl_norm.accumulation_dtype(self.x)
+        self.dkl = torch.tensor(0.7, device=device, dtype=acc) if groups is None else randn(groups, dtype=acc)
+        mode = noise if self.sampled else "batch"
         self.draws, self.inner = kl_norm.draw_layout(self.x.shape, 1, mode, sample_dim)
 
     def forward(self):
-        """[y, kl] of the kernels; keeps the row statistics for backward."""
-        y, kl, *self.statistics = launch.forward(
-            self.x,
-            *self.parameters,
-            *self.prior_tensors,
-            self.seed,
-            *self.prior_values,
-            PRIOR_STD,
-            EPS,
-            self.draws,
-            self.inner,
-        )
-        return [y, kl]
+        """[y, kl] of the kernels, and the sum if there is a residual; keeps the row statistics for backward."""
+        y, self.sum, kl, *self.statistics = launch.forward(
+            self.x, self.residual, *self.parameters, *self.prior_tensors, self.seed,
+            *self.prior_values, PRIOR_STD, EPS, self.draws, self.inner, self.groups or 1, self.rms,
+        )  # fmt: skip
+        kl = kl.reshape(self.dkl.shape)
+        return [y, kl] if self.residual is None else [y, kl, self.sum]
 
     def backward(self):
-        """[dx, dweight, dbias, dweight_rho, dbias_rho] of the kernels, None where there is no shift."""
-        return list(
-            launch.backward(
-                self.dy, self.dkl, self.x, *self.parameters, *self.prior_tensors, self.seed, *self.statistics,
-                *self.prior_values, PRIOR_STD, self.draws, self.inner,
-            )
+        """[dx, dweight, dbias, dweight_rho, dbias_rho] of the kernels, None for what there is not.
+
+        With a residual of another dtype than x, its gradient as well.
+        """
+        z = self.x if self.residual is None else self.sum
+        dx, dresidual, *gradients = launch.backward(
+            self.dy, self.dsum, self.dkl, z, *self.parameters, *self.prior_tensors, self.seed, *self.statistics,
+            *self.prior_values, PRIOR_STD, self.draws, self.inner, self.groups or 1,
         )  # fmt: skip
+        return [dx, *gradients] if self.residual is None or z.dtype == self.x.dtype else [dx, *gradients, dresidual]
 
     def specification(self, dtype):
-        """The same seven tensors from autograd through the specification, computed in `dtype` on the CPU."""
-        x, *parameters = (
-            None if t is None else t.detach().cpu().to(dtype).requires_grad_() for t in (self.x, *self.parameters)
+        """The same tensors by name from autograd through the specification, computed in `dtype` on the CPU."""
+        z = self.x if self.residual is None else self.sum
+        z, *parameters = (
+            None if t is None else t.detach().cpu().to(dtype).requires_grad_() for t in (z, *self.parameters)
         )
         weight_prior, bias_prior = (
             value if prior is None else prior.cpu().to(dtype)
@@ -84,23 +90,29 @@ class Problem:
         )
         weight, bias, weight_rho, bias_rho = parameters
         y, kl = reference.kl_layer_norm(
-            x, (self.n,), weight, bias, weight_rho, bias_rho, weight_prior=weight_prior, bias_prior=bias_prior,
+            z, (self.n,), weight, bias, weight_rho, bias_rho, weight_prior=weight_prior, bias_prior=bias_prior,
             prior_std=PRIOR_STD, eps=EPS, noise="batch" if self.noise == "none" else self.noise,
-            sample_dim=self.sample_dim, sample=self.noise != "none", seed=self.seed,
+            sample_dim=self.sample_dim, sample=self.sampled, seed=self.seed, rms=self.rms,
         )  # fmt: skip
-        wanted = [t for t in (x, *parameters) if t is not None]
+        wanted = [t for t in (z, *parameters) if t is not None]
         gradients = iter(torch.autograd.grad([y, kl], wanted, [self.dy.cpu().to(dtype), self.dkl.cpu().to(kl.dtype)]))
-        return [y, kl, *(None if t is None else next(gradients) for t in (x, *parameters))]
+        dz, *rest = (None if t is None else next(gradients) for t in (z, *parameters))
+        if self.residual is None:
+            return [y, kl, dz, *rest]
+        dz = dz if self.dsum is None else dz + self.dsum.cpu().to(dtype)
+        results = [y, kl, self.x.cpu().to(dtype) + self.residual.cpu().to(dtype), dz, *rest]
+        return results if self.sum.dtype == self.x.dtype else [*results, dz]
 
     def check(self, monkeypatch):
-        """Compare all seven results; return them."""
+        """Compare all results; return them."""
         results = [*self.forward(), *self.backward()]
         device = self.x.device
         monkeypatch.setattr(
             kl_norm, "normals", lambda seed, draw, n, stream: kernel_normals(seed, draw.to(device), n, stream).cpu()
         )
         exact, rounded = self.specification(torch.float64), self.specification(kl_norm.accumulation_dtype(self.x))
-        names = "y", "kl", "dx", "dweight", "dbias", "dweight_rho", "dbias_rho"
+        names = ["y", "kl", "sum", "dx", "dweight", "dbias", "dweight_rho", "dbias_rho", "dresidual"]
+        names = [name for name in names if self.residual is not None or name != "sum"][: len(results)]
         for name, got, want, other in zip(names, results, exact, rounded, strict=True):
             if want is None:
                 assert got is None
@@ -180,6 +192,15 @@ def test_wide_rows(device, monkeypatch, multiprocessors, n, dtype, noise):
 def test_wide_rows_as_tuned(device, monkeypatch, noise):
     few_finalizer_programs(device, monkeypatch)
     Problem(device, (3, 2), 9001, noise, dtype=torch.bfloat16).check(monkeypatch)
+
+
+@pytest.mark.parametrize("noise", ["sample", "token"])
+def test_rows_of_clusters(device, monkeypatch, noise):
+    """Rows that a cluster keeps whole where there are clusters; the interpreter runs any cluster as one block."""
+    few_finalizer_programs(device, monkeypatch)
+    if device.type == "cpu":
+        monkeypatch.setattr(tuning, "has_clusters", lambda capability, triton_version: True)
+    Problem(device, (3, 2), 15001, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
 @pytest.mark.parametrize("noise", ["batch", "token"])
@@ -309,3 +330,96 @@ def test_extreme_deviations(device, rho):
     exact = problem.specification(torch.float64)
     assert results[1].item() == pytest.approx(exact[1].item(), rel=1e-6)
     assert torch.allclose(results[5].cpu().double(), exact[5], rtol=1e-5, atol=0)
+
+
+# The family: RMSNorm, parameters per group of rows, the deterministic reading, residual addition
+
+FAMILY = {
+    "rms": {"rms": True},
+    "deterministic": {"deterministic": True},
+    "deterministic rms": {"deterministic": True, "rms": True},
+    "residual": {"residual": torch.float32},
+    "groups": {"groups": 3},
+    "all": {"rms": True, "groups": 3, "residual": torch.float32},
+}
+
+
+@pytest.mark.parametrize("noise", MODES)
+@pytest.mark.parametrize("options", FAMILY.values(), ids=FAMILY)
+def test_family(device, monkeypatch, multiprocessors, options, noise):
+    Problem(device, (3, 5, 2), 40, noise, **options).check(monkeypatch)
+
+
+@pytest.mark.parametrize("noise", MODES)
+@pytest.mark.parametrize("options", FAMILY.values(), ids=FAMILY)
+def test_family_of_wide_rows(device, monkeypatch, options, noise):
+    monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(2, 256, 4, 1, True))
+    Problem(device, (3, 2), 601, noise, **options).check(monkeypatch)
+
+
+@pytest.mark.parametrize("noise", ["none", "sample", "token"])
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_dtypes_of_the_residual(device, monkeypatch, dtype, residual, noise):
+    problem = Problem(device, (5, 3), 72, noise, dtype=dtype, residual=residual)
+    y, _, total, dx, *_, last = problem.check(monkeypatch)
+    assert (y.dtype, total.dtype, dx.dtype) == (dtype, residual, dtype)
+    assert dtype == residual or last.dtype == residual
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_the_gradient_of_the_sum_may_be_missing(device, monkeypatch, wide):
+    if wide:
+        monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 16, 4, 1, True))
+    problem = Problem(device, (5, 3), 40, "sample", residual=torch.float32)
+    problem.dsum = None
+    problem.check(monkeypatch)
+
+
+@pytest.mark.parametrize("which", ["x", "residual", "dy", "dsum"])
+def test_strides_of_the_residual(device, monkeypatch, which):
+    """Each operand alone unaligned, and its rows apart."""
+    problem = Problem(device, (5, 3), 40, "sample", residual=torch.float32)
+    setattr(problem, which, torch.cat([getattr(problem, which)] * 2, -1)[..., 1:41])
+    problem.check(monkeypatch)
+
+
+@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
+@pytest.mark.parametrize(
+    ("leading", "sample_dim", "groups"),
+    [
+        ((6, 4), 0, 1),
+        ((6, 4), 0, 6),  # a group is a sample
+        ((6, 4), 0, 2),  # a group is three samples
+        ((6, 4), 0, 12),  # a sample is two groups
+        ((6, 4), 0, 24),  # a group is a row
+        ((6, 4), 1, 3),  # time first: a group has two rows of every sample
+        ((6, 4), 1, 12),  # time first: a group has one row of two samples
+        ((2, 6, 4), 1, 4),  # a group has three samples of one index before them
+        ((2, 6, 4), 1, 2),
+    ],
+)
+def test_groups_and_samples(device, monkeypatch, multiprocessors, leading, sample_dim, groups, noise):
+    Problem(device, leading, 24, noise, sample_dim, groups=groups).check(monkeypatch)
+
+
+def test_no_rows_of_groups(device, monkeypatch):
+    Problem(device, (0, 3), 24, "sample", groups=3).check(monkeypatch)
+
+
+def test_the_deterministic_divergence_at_a_weight_of_zero(device):
+    """Its floor: log 1000 nats, and no gradient where the sign of the push would be arbitrary."""
+    problem = Problem(device, (0,), 24, "none", deterministic=True, priors=False)
+    problem.parameters[0].zero_()
+    problem.parameters[1].fill_(problem.prior_values[1])
+    _, kl, _, dweight, *_ = *problem.forward(), *problem.backward()
+    assert kl.item() == pytest.approx(24 * (torch.tensor(1000.0).log().item() - 0.5), rel=1e-6)
+    assert torch.equal(dweight, torch.zeros_like(dweight))

@@ -65,7 +65,7 @@ def is_attached(kl):
     nodes = [kl.grad_fn]
     while nodes:
         node = nodes.pop()
-        if node.name() == "KLLayerNormFunctionBackward":
+        if node.name() == "KLNormFunctionBackward":
             return True
         nodes += [child for child, _ in node.next_functions if child is not None]
     return False

@@ -2,6 +2,8 @@
 
 posterior  gamma_j ~ N(weight_j, s_j^2), s = softplus(weight_rho);   beta_j ~ N(bias_j, t_j^2), t = softplus(bias_rho)
 prior      gamma_j ~ N(weight_prior_j, p^2);                         beta_j ~ N(bias_prior_j, p^2)
+
+Deterministic reading, without rho: y_j itself is taken for N(bias_j, weight_j^2), with the prior N(bias_prior_j, p^2).
 """
 
 import math
@@ -12,6 +14,9 @@ import torch.nn.functional as F
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
 
 TINY_RHO = -40.0  # below it softplus(rho) = exp(rho) to the last bit of fp64
+# Deterministic reading: |weight| is taken for sqrt(weight^2 + (FLOOR p)^2) inside the logarithm. At weight = 0 the KL
+# is then log(1000) nats, not infinite, and its slope at most 500 / p; at |weight| = p / 10 it is off by 5e-5 nats.
+FLOOR = 1e-3
 
 
 def accumulation_dtype(x):
@@ -45,6 +50,12 @@ def kl_normal(mean, rho, prior_mean, prior_std):
     return math.log(p) - log_softplus(rho) + (s**2 + (mean - prior_mean) ** 2) / (2 * p**2) - 0.5
 
 
+def kl_deterministic(weight, bias, bias_prior, prior_std):
+    """KL(N(bias, weight^2) || N(bias_prior, prior_std^2)), element by element, in nats; floored in the logarithm."""
+    v, p = weight**2, prior_std
+    return -0.5 * (v / p**2 + FLOOR**2).log() + (v + (bias - bias_prior) ** 2) / (2 * p**2) - 0.5
+
+
 def kl_layer_norm(
     x,
     normalized_shape,
@@ -61,36 +72,55 @@ def kl_layer_norm(
     sample_dim=0,
     sample=True,
     seed=None,
+    residual=None,
+    rms=False,
 ):
-    """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same (y, kl), nothing checked."""
+    """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same (y, kl), nothing checked.
+
+    And of `kl_rms_norm`, with rms=True and without bias; and of `residual`: (y, sum, kl). Parameters may be (G,
+    *normalized_shape): row r of M then has those of group r // (M / G), and kl is (G,).
+    """
     draws, inner = draw_layout(x.shape, len(normalized_shape), noise, sample_dim)
     acc = accumulation_dtype(x)
     n = math.prod(normalized_shape)
     w, b, w_rho, b_rho, w_prior, b_prior = (
-        v.reshape(-1).to(acc) if torch.is_tensor(v) else v
+        v.reshape(-1, n).to(acc) if torch.is_tensor(v) else v
         for v in (weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
     )
 
-    kl = kl_normal(w, w_rho, w_prior, prior_std).sum()
-    if b is not None:
-        kl = kl + kl_normal(b, b_rho, b_prior, prior_std).sum()
+    if weight_rho is None:
+        kl = kl_deterministic(w, torch.zeros_like(w) if b is None else b, b_prior, prior_std).sum(1)
+    else:
+        kl = kl_normal(w, w_rho, w_prior, prior_std).sum(1)
+        if b is not None:
+            kl = kl + kl_normal(b, b_rho, b_prior, prior_std).sum(1)
+    kl = kl if weight.dim() > len(normalized_shape) else kl[0]
 
-    rows = x.reshape(-1, n).to(acc)
-    centred = rows - rows.mean(1, keepdim=True)
+    z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype)
+    rows = z.reshape(-1, n).to(acc)
+    centred = rows if rms else rows - rows.mean(1, keepdim=True)
     xhat = centred / torch.sqrt((centred**2).mean(1, keepdim=True) + eps)
 
-    if not sample:
+    row = torch.arange(len(rows), device=x.device)
+    group = row // max(1, len(rows) // len(w))
+    w, b, s, t = (v if v is None else v[group] for v in (w, b, _softplus(w_rho), _softplus(b_rho)))
+    if not sample or s is None:
         y = w * xhat
         y = y if b is None else y + b
     elif draws == len(rows):
-        y = _merged(xhat, w, b, F.softplus(w_rho), None if b is None else F.softplus(b_rho), seed)
+        y = _merged(xhat, w, b, s, t, seed)
     else:
-        d = torch.arange(len(rows), device=x.device) // inner % draws
+        d = row // inner % draws
         every = torch.arange(draws, device=x.device)
-        y = (w + F.softplus(w_rho) * normals(seed, every, n, SCALE_STREAM).to(acc))[d] * xhat
+        y = (w + s * normals(seed, every, n, SCALE_STREAM).to(acc)[d]) * xhat
         if b is not None:
-            y = y + (b + F.softplus(b_rho) * normals(seed, every, n, SHIFT_STREAM).to(acc))[d]
-    return y.reshape(x.shape).to(x.dtype), kl
+            y = y + b + t * normals(seed, every, n, SHIFT_STREAM).to(acc)[d]
+    y = y.reshape(x.shape).to(x.dtype)
+    return (y, kl) if residual is None else (y, z, kl)
+
+
+def _softplus(rho):
+    return None if rho is None else F.softplus(rho)
 
 
 def _merged(xhat, w, b, s, t, seed):
