@@ -117,12 +117,13 @@ def forward_kernel(
             if mean_ptr is not None:
                 mean = tl.sum(x, axis=1, keep_dims=True) / N
                 centred = tl.where(col_mask, x - mean, 0.0)
-                tl.store(mean_ptr + row, mean, row_mask)
             rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / N + eps)
             y = _affine(
                 centred * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, 0, NOISE, HAS_BIAS, BLOCK_N, FAST
             )
             tl.store(tile_at(y_ptr, row, N // VEC, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
+            if mean_ptr is not None:
+                tl.store(mean_ptr + row, mean, row_mask)
             tl.store(rstd_ptr + row, rstd, row_mask)
 
 

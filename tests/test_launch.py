@@ -26,9 +26,9 @@ def test_every_position_belongs_to_one_program(draws, rows_per_draw, programs, b
     runs = tuning._deal(n_rows, draws, block_m, programs)
     owned = []
     for program in range(runs.programs):  # the arithmetic of `run_of` in kernels/rows.py
-        group, run = divmod(program, runs.runs_per_group)
-        start = group * runs.group_rows + run * runs.run_rows
-        stop = min(start + runs.run_rows, (group + 1) * runs.group_rows)
+        share, run = divmod(program, runs.runs_per_share)
+        start = share * runs.share_rows + run * runs.run_rows
+        stop = min(start + runs.run_rows, (share + 1) * runs.share_rows)
         assert start < stop, "a program without rows leaves its partial sums unwritten"
         if not runs.span:
             assert start // rows_per_draw == (stop - 1) // rows_per_draw, "one draw a run"
@@ -97,9 +97,9 @@ def test_programs_are_clusters(num_ctas, clusters, num_warps, per_multiprocessor
     """132 multiprocessors: 8 groups of at least 16, each with whole clusters alone."""
     tile = tuning.Tile(1, 16384, num_warps, 1, False, num_ctas)
     resident = clusters * per_multiprocessor
-    assert tuning.backward_runs(1 << 20, 1, tile, 16384, 2, 132).programs == resident
-    assert tuning.forward_runs(1 << 20, 1, tile, 32768, 132).programs == pytest.approx(8 * resident, rel=0.01)
-    assert tuning.backward_runs(1 << 20, 1, tile, 16384, 2, 3).programs >= 1
+    assert tuning.backward_runs(1 << 20, 1, 1, tile, 16384, 2, 132).programs == resident
+    assert tuning.forward_runs(1 << 20, 1, 1, tile, 32768, 132).programs == pytest.approx(8 * resident, rel=0.01)
+    assert tuning.backward_runs(1 << 20, 1, 1, tile, 16384, 2, 3).programs >= 1
 
 
 @pytest.mark.parametrize("clusters", [False, True])
@@ -121,23 +121,23 @@ def test_launches_of_clusters(monkeypatch, clusters):
     for call in calls.values():
         call._replace(kernel=Kernel()).launch()
     programs = [call.grid for call in calls.values()]
-    assert launched == list(zip([(n,) for n in programs], [4, 4, 1] if clusters else [1] * 3, [8, 8, 4], strict=True))
+    assert launched == list(zip(programs, [4, 4, 1] if clusters else [1] * 3, [8, 8, 4], strict=True))
     partial = calls["finalize"].args[0]
-    assert partial.shape == (4, programs[1], 16384)
+    assert partial.shape == (4, programs[1][0], 16384)
 
 
 @triton.jit
-def _run_kernel(out_ptr, program, run_rows, runs_per_group, group_rows):
-    start, stop = run_of(program + tl.program_id(0), run_rows, runs_per_group, group_rows)
+def _run_kernel(out_ptr, program, run_rows, runs_per_share, share_rows):
+    start, stop = run_of(program + tl.program_id(0), run_rows, runs_per_share, share_rows)
     tl.store(out_ptr, start)
     tl.store(out_ptr + 1, stop)
 
 
 def test_runs_beyond_2_to_the_31(device):
     """The last run of 3 * 2^30 rows, in the kernel's own arithmetic."""
-    runs = tuning.forward_runs(3 << 30, 1, tuning.tile(1, 2), 2, 132)
+    runs = tuning.forward_runs(3 << 30, 1, 1, tuning.tile(1, 2), 2, 132)
     out = torch.empty(2, dtype=torch.int64, device=device)
-    _run_kernel[(1,)](out, runs.programs - 1, runs.run_rows, runs.runs_per_group, runs.group_rows)
+    _run_kernel[(1,)](out, runs.programs - 1, runs.run_rows, runs.runs_per_share, runs.share_rows)
     assert out.tolist() == [(runs.programs - 1) * runs.run_rows, 3 << 30]
 
 
@@ -162,9 +162,9 @@ def test_vector_width():
 def test_partial_sums_stay_small_beside_the_input():
     """Few very wide rows: not one row of sums per resident program, which would be several times the input."""
     n_rows, n_cols = 264, 1 << 20
-    runs = tuning.backward_runs(n_rows, 1, tuning.tile(n_cols, 2, True), n_cols, 2, 132)
+    runs = tuning.backward_runs(n_rows, 1, 1, tuning.tile(n_cols, 2, True), n_cols, 2, 132)
     assert runs.programs * 4 * n_cols * 4 <= n_rows * n_cols * 2 / 4
-    narrow = tuning.backward_runs(1 << 16, 1, tuning.tile(4096, 2, True), 4096, 2, 132)
+    narrow = tuning.backward_runs(1 << 16, 1, 1, tuning.tile(4096, 2, True), 4096, 2, 132)
     assert narrow.programs >= 132
 
 
@@ -190,7 +190,7 @@ def test_launches(device, monkeypatch, sample, seed_launches):
     x = torch.randn(8, 16, 32, device=device, requires_grad=True)
     parameters = [torch.rand(32, device=device, requires_grad=True) for _ in range(4)]
     with CountTorchCalls() as forward:
-        y, kl = normalize(x, 32, *parameters, 1.0, 0.0, 0.1, 1e-5, "sample", 0, sample, None, None)
+        y, _, kl = normalize(x, None, 32, *parameters, 1.0, 0.0, 0.1, 1e-5, "sample", 0, sample, None, None, "sampled")
     assert launched == ["forward_kernel"]
     computing = [call for call in forward.calls if call not in FREE]
     assert computing == ["aten::randint"] * seed_launches

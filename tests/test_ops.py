@@ -60,7 +60,7 @@ def forward_arguments(device, mode, bias=True, tensor_prior=False, dtype=torch.f
 
 
 def backward_arguments(forward, with_dy=True, with_dkl=True, dy=None):
-    y, kl, mean, rstd = torch.ops.klnorm.layer_norm_forward.default(*forward)
+    y, kl, mean, rstd = torch.ops.klnorm.norm_forward.default(*forward)
     dy = torch.randn_like(y) if dy is None else dy
     tensors, (weight_prior, bias_prior, prior_std, _, draws, inner) = forward[:8], forward[8:]
     cotangents = dy if with_dy else None, torch.randn_like(kl) if with_dkl else None
@@ -75,8 +75,8 @@ def opcheck(name, arguments):
 @pytest.mark.parametrize("mode", MODES)
 def test_opcheck(device, mode, bias):
     forward = forward_arguments(device, mode, bias, tensor_prior=bias)
-    opcheck("layer_norm_forward", forward)
-    opcheck("layer_norm_backward", backward_arguments(forward))
+    opcheck("norm_forward", forward)
+    opcheck("norm_backward", backward_arguments(forward))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -84,14 +84,14 @@ def test_opcheck_of_other_dtypes(device, dtype):
     forward = forward_arguments(
         device, "sample", dtype=torch.float32, x=torch.randn(3, 4, N, device=device, dtype=dtype)
     )
-    opcheck("layer_norm_forward", forward)
-    opcheck("layer_norm_backward", backward_arguments(forward))
+    opcheck("norm_forward", forward)
+    opcheck("norm_backward", backward_arguments(forward))
 
 
 @pytest.mark.parametrize(("with_dy", "with_dkl"), [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("mode", ["sample", "token"])
 def test_opcheck_with_gradients_missing(device, mode, with_dy, with_dkl):
-    opcheck("layer_norm_backward", backward_arguments(forward_arguments(device, mode), with_dy, with_dkl))
+    opcheck("norm_backward", backward_arguments(forward_arguments(device, mode), with_dy, with_dkl))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -100,19 +100,19 @@ def test_opcheck_of_strided_tensors(device, mode):
     x = torch.randn(N, 12, device=device).t()
     dy = torch.randn(N, 12, device=device).t()
     forward = forward_arguments(device, mode, x=x)
-    opcheck("layer_norm_forward", forward)
-    opcheck("layer_norm_backward", backward_arguments(forward, dy=dy))
+    opcheck("norm_forward", forward)
+    opcheck("norm_backward", backward_arguments(forward, dy=dy))
     wide = torch.randn(3, 4, 2 * N, device=device)[..., 1 : N + 1]
     forward = forward_arguments(device, mode, x=wide)
-    opcheck("layer_norm_forward", forward)
-    opcheck("layer_norm_backward", backward_arguments(forward, dy=torch.ones((), device=device).expand(3, 4, N)))
+    opcheck("norm_forward", forward)
+    opcheck("norm_backward", backward_arguments(forward, dy=torch.ones((), device=device).expand(3, 4, N)))
 
 
 def test_opcheck_of_no_rows(device):
     forward = forward_arguments(device, "sample", leading=(0, 4))
-    opcheck("layer_norm_forward", (*forward[:-2], 0, 4))
+    opcheck("norm_forward", (*forward[:-2], 0, 4))
     backward = backward_arguments((*forward[:-2], 0, 4))
-    opcheck("layer_norm_backward", backward)
+    opcheck("norm_backward", backward)
 
 
 # Gradients one by one
