@@ -9,6 +9,8 @@ import torch
 NOISES = "batch", "sample", "token"
 _FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 _MAX_ROWS = 1 << 32  # the draw is a 32-bit word of the counter
+# torch.autograd.Function asks the same; where a version of torch lacks it, torch's own error refuses the transforms.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", bool)
 
 
 def check_config(prior_std, eps, noise):
@@ -170,6 +172,21 @@ def check_not_negative(name, value):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a float.")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number of 0 or more.")
+
+
+def transforming():
+    """Whether a transform of torch.func (grad, vmap, ...) runs, outside of torch.compile."""
+    return not torch.compiler.is_compiling() and _transforms_active()
+
+
+def is_readable(tensor):
+    """Whether the value can be looked at now: not traced, transformed, captured into a CUDA graph, or absent."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.device.type != "meta"
+        and not (torch.compiler.is_compiling() or _transforms_active())
+        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _is_real(value):

@@ -79,7 +79,7 @@ def kl_layer_norm(
         x, normalized_shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
         noise, sample_dim, sample, seed, generator,
     )  # fmt: skip
-    if type(kl) is torch.Tensor and kl.device.type == "cpu" and not torch.compiler.is_compiling():
+    if kl.device.type == "cpu" and checks.is_readable(kl):
         _check_finite(kl, weight=weight, bias=bias, weight_rho=weight_rho, bias_rho=bias_rho)
     return y, kl
 
@@ -106,12 +106,15 @@ def normalize(
         seed = seed.reshape(1)
     else:
         checks.check_generator(generator, x)
+        # With generator=, though it be None, this is the overload that inductor leaves to torch: eager's seeds.
         seed = torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
-    return ops.KLLayerNormFunction.apply(
+    function = ops.TransformableFunction if checks.transforming() else ops.KLLayerNormFunction
+    y, kl, *_ = function.apply(
         x, weight, bias, weight_rho, bias_rho,
         *_prior_tensors(weight_prior, bias_prior), seed,
         *_prior_numbers(weight_prior, bias_prior), prior_std, eps, draws, inner,
     )  # fmt: skip
+    return y, kl
 
 
 def _prior_tensors(*priors):

@@ -6,6 +6,7 @@ import weakref
 import torch
 
 from . import checks
+from .reference.kl_norm import kl_normal
 
 
 class LastKL:
@@ -21,7 +22,7 @@ class LastKL:
 
     def remember(self, kl, output, parameters, prior_std):
         """Keep `kl`, computed together with `output` from `parameters`; forget what was kept where it has no graph."""
-        if not kl.requires_grad:
+        if not kl.requires_grad or checks.transforming():
             return self._forget()
         self._kl = kl
         self._prior_std = prior_std
@@ -55,11 +56,13 @@ def kl_divergence(model, *, check_finite=True):
     """KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
     Taken from a layer's last forward where that is still part of a graph, which costs nothing extra; in closed form
-    from
-    the parameters otherwise (no forward yet, evaluation, after `backward()` or `optimizer.step()`, under
-    torch.compile).
-    The value and the gradient are the same. Add it to the loss and call backward once, as it shares the outputs' graph.
-    Each layer counts once, however often it is used or registered.
+    from the parameters otherwise (no forward yet, evaluation, after `backward()` or `optimizer.step()`, under
+    torch.compile). The value and the gradient are the same. Add it to the loss and call backward once, as it shares the
+    outputs' graph. It counts the layers of `kl_layers(model)`.
+
+    Of a model sharded by FSDP2 it is the whole value on every rank, at the cost of one all-reduce, so every rank has to
+    call it; call it after the forward. Under a mixed precision policy it is taken of the sharded fp32 parameters, but
+    of the cast ones where these are still there after the forward (the root's own, reshard_after_forward=False).
 
     Args:
         model: any nn.Module.
@@ -79,24 +82,42 @@ def kl_divergence(model, *, check_finite=True):
         >>> loss = F.cross_entropy(model(x), target) + klnorm.kl_divergence(model) / 6
         >>> loss.backward()
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module.")
     layers = kl_layers(model)
     if not layers:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=None if parameter is None else parameter.device)
     parts = [layer._divergence() for layer in layers.values()]
-    total = torch.stack([part.to(parts[0].device) for part in parts]).sum()
-    if check_finite and not _unreadable(total) and not math.isfinite(total.item()):
+    total = _total(parts)
+    if check_finite and checks.is_readable(total) and not math.isfinite(total.item()):
         raise ValueError(_explain(layers, parts))
     return total
 
 
 def kl_layers(model):
-    """Qualified name -> layer, for every layer with posterior parameters of its own."""
+    """The KL layers of `model` that take part in its forward, by qualified name.
+
+    A layer that is used or registered more than once is there once, under its first name. Where PEFT keeps a copy of a
+    layer for every adapter (modules_to_save, LN tuning), the active adapter's is there alone, and the original while
+    adapters are disabled.
+
+    Args:
+        model: any nn.Module, a KL layer itself included, whose name is then "".
+
+    Returns:
+        dict: qualified name -> layer, in the order of `named_modules()`.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+
+    Example:
+        >>> model = klnorm.replace_layer_norm(nn.TransformerEncoderLayer(16, 2))
+        >>> {name: layer.prior_std for name, layer in klnorm.kl_layers(model).items()}
+        {'norm1': 0.1, 'norm2': 0.1}
+    """
+    checks.check_module(model)
     layers, posteriors = {}, {}
-    for name, module in model.named_modules():
-        if hasattr(module, "posterior_parameters"):
+    for name, module in _modules_in_use(model):
+        if _is_kl_layer(module):
             posterior = module.posterior_parameters()
             key = tuple(map(id, posterior))
             if key not in posteriors:
@@ -105,21 +126,87 @@ def kl_layers(model):
     return layers
 
 
-def _unreadable(tensor):
-    """Whether the value cannot be looked at now: traced, captured into a CUDA graph, or not there."""
-    return (
-        torch.compiler.is_compiling()
-        or tensor.device.type == "meta"
-        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
+def _is_kl_layer(module):
+    return hasattr(type(module), "posterior_parameters")  # an instance may be a wrapper that passes attributes through
+
+
+def _modules_in_use(model):
+    """`named_modules()`, less the copies that PEFT keeps of a layer and does not use."""
+    seen, ahead = set(), [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if module not in seen:
+            seen.add(module)
+            yield name, module
+            prefix = f"{name}." if name else ""
+            ahead += [(prefix + child_name, child) for child_name, child in reversed(_children_in_use(module))]
+
+
+def _children_in_use(module):
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    if not hasattr(type(module), "adapter_layer_names"):
+        return children
+    copies = _active_copies(module)
+    if any(_is_kl_layer(m) for _, copy in copies for m in copy.modules()):
+        return copies
+    return [(name, child) for name, child in children if name not in module.adapter_layer_names]
+
+
+def _active_copies(wrapper):
+    """(name, module) of what PEFT puts in the place of the layer that it has wrapped."""
+    if wrapper.disable_adapters or wrapper.merged_adapters:  # a merged copy has changed places with the base layer
+        return []
+    by_adapter = [(name, wrapper._modules.get(name)) for name in wrapper.adapter_layer_names]
+    return [
+        (f"{name}.{adapter}", copies[adapter])
+        for name, copies in by_adapter
+        if isinstance(copies, torch.nn.ModuleDict)
+        for adapter in wrapper.active_adapters
+        if adapter in copies
+    ]
+
+
+def closed_form(mean, rho, prior, prior_std):
+    """The KL divergence of one posterior, a scalar; of sharded parameters a DTensor, see `whole`."""
+    if not _is_sharded(mean):
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        return kl_normal(mean.to(dtype), rho.to(dtype), prior.to(dtype), prior_std).sum()
+    from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+
+    mesh, placements = mean.device_mesh, mean.placements
+    prior = distribute_tensor(prior, mesh, placements, src_data_rank=None)  # every rank has all of it: nothing is sent
+    local = closed_form(mean.to_local(), rho.to_local(), prior.to_local(), prior_std)
+    of_sum = [Partial() if placement.is_shard() else placement for placement in placements]
+    return DTensor.from_local(local, mesh, of_sum, run_check=False)
+
+
+def whole(tensor):
+    """A plain tensor; for a DTensor the whole of it, for which all its ranks communicate."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
+def _is_sharded(tensor):
+    return hasattr(tensor, "device_mesh")  # a DTensor; its class is there to be asked for only where torch has it
+
+
+def _total(parts):
+    """The sum, a plain scalar; what is sharded alike is added up first, for one all-reduce."""
+    alike = {}
+    for part in parts:
+        alike.setdefault((part.device_mesh, part.placements) if _is_sharded(part) else None, []).append(part)
+    plain = alike.pop(None, [])
+    plain += [whole(sum(sharded)) for sharded in alike.values()]
+    return torch.stack([part.to(plain[0].device) for part in plain]).sum()
 
 
 def _explain(layers, parts):
     for (name, layer), part in zip(layers.items(), parts, strict=True):
-        if not math.isfinite(part.item()):
-            what = checks.describe_not_finite(layer.named_parameters(recurse=False))
+        value = whole(part).item()
+        if not math.isfinite(value):
+            parameters = [(key, whole(p)) for key, p in layer.named_parameters(recurse=False)]
             return (
-                f"the KL divergence of layer {name or '(the model itself)'!r} is {part.item()}: {what}. "
+                f"the KL divergence of layer {name or '(the model itself)'!r} is {value}: "
+                f"{checks.describe_not_finite(parameters)}. "
                 "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
             )
     return "the sum of the layers' finite KL divergences overflows. Remedy: look for a posterior far from its prior."

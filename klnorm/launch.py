@@ -20,25 +20,30 @@ from .reference.kl_norm import accumulation_dtype
 
 
 class Target(NamedTuple):
-    """What a launch needs to know of a device. `fast`: the noise may use NVIDIA's own instructions."""
+    """What a launch needs to know of a device.
+
+    `fast`: the noise may use NVIDIA's own instructions; `clusters`: a row may be split over several multiprocessors.
+    """
 
     multiprocessors: int
     fast: bool
+    clusters: bool
 
 
 class Call(NamedTuple):
-    """A kernel with everything that one launch of it takes."""
+    """A kernel with everything that one launch of it takes; `grid` counts programs, each of `num_ctas` blocks."""
 
     kernel: object
     grid: int
     args: tuple
     constants: dict
     num_warps: int
+    num_ctas: int = 1
 
     @property
     def options(self):
         """Of the compiler; fused multiply-adds explicitly, since Triton's default for them changes with its version."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "num_ctas": self.num_ctas, "enable_fp_fusion": True}
 
     def launch(self):
         self.kernel[(self.grid,)](*self.args, **self.constants, **self.options)
@@ -88,7 +93,7 @@ def forward_call(target, rows, parameters, seed, y, mean, rstd, kl, numbers, dra
     """The launch of the forward kernel on `rows` (M, N); `numbers` are the prior means, its deviation, and eps."""
     n_rows, n_cols = rows.shape
     noise, n_draws = _draws(seed, n_rows, draws)
-    tile = tuning.tile(n_cols, rows.element_size())
+    tile = tuning.tile(n_cols, rows.element_size(), clusters=target.clusters)
     runs = tuning.forward_runs(n_rows, n_draws, tile, n_cols * rows.element_size(), target.multiprocessors)
     vec = _vector_width(n_cols, rows)
     args = (
@@ -102,7 +107,7 @@ def forward_call(target, rows, parameters, seed, y, mean, rstd, kl, numbers, dra
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
     }  # fmt: skip
     kernel = forward_wide_kernel if tile.wide else forward_kernel
-    return Call(kernel, 1 + runs.programs, args, constants, tile.num_warps)
+    return Call(kernel, 1 + runs.programs, args, constants, tile.num_warps, tile.num_ctas)
 
 
 class BackwardPlan(NamedTuple):
@@ -118,7 +123,7 @@ class BackwardPlan(NamedTuple):
 
 def _backward_plan(target, n_rows, n_cols, itemsize, seed, draws):
     noise, n_draws = _draws(seed, n_rows, draws)
-    tile = tuning.tile(n_cols, itemsize, backward=True)
+    tile = tuning.tile(n_cols, itemsize, True, target.clusters)
     runs = tuning.backward_runs(n_rows, n_draws, tile, n_cols, itemsize, target.multiprocessors)
     span = noise == "shared" and runs.span
     return BackwardPlan(noise, n_draws, tile, runs, span, 4 if span or noise == "merged" else 2)
@@ -140,7 +145,7 @@ def backward_call(target, plan, rows, dy_rows, parameters, seed, mean, rstd, dx,
         "N": n_cols, "VEC": vec, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
     }  # fmt: skip
     kernel = backward_wide_kernel if tile.wide else backward_kernel
-    return Call(kernel, runs.programs, args, constants, tile.num_warps)
+    return Call(kernel, runs.programs, args, constants, tile.num_warps, tile.num_ctas)
 
 
 def finalize_call(target, plan, partial, parameters, seed, dkl, gradients, numbers):
@@ -191,15 +196,21 @@ def _multiprocessors(device):
 
 
 @functools.cache
-def _fast(device):
-    """Whether the noise may use NVIDIA's own instructions: those of sm_80, and not in the interpreter."""
+def _capability(device):
+    """Compute capability; (0, 0) where NVIDIA's own instructions do not run: other devices, Triton's interpreter."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     native = isinstance(forward_kernel, triton.JITFunction)
-    return nvidia and native and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) if nvidia and native else (0, 0)
+
+
+def _fast(device):
+    """Whether the noise may use NVIDIA's own instructions: those of sm_80."""
+    return _capability(device) >= (8, 0)
 
 
 def _target(device):
-    return Target(_multiprocessors(device), _fast(device))
+    clusters = tuning.has_clusters(_capability(device), triton.__version__)
+    return Target(_multiprocessors(device), _fast(device), clusters)
 
 
 def _on_device_of(x):

@@ -82,13 +82,9 @@ class KLLayerNormFunction(torch.autograd.Function):
     """(y, kl) and the gradients of both. Saves x, the parameters, the seed, and mean and rstd of every row."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed, *numbers):
-        tensors = x, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed
-        y, kl, mean, rstd = _forward(*tensors, *numbers)
-        ctx.save_for_backward(*tensors, mean, rstd)
-        weight_prior_value, bias_prior_value, prior_std, _, draws, inner = numbers
-        ctx.numbers = weight_prior_value, bias_prior_value, prior_std, draws, inner
-        ctx.set_materialize_grads(False)
+    def forward(ctx, *inputs):
+        y, kl, mean, rstd = _forward(*inputs)
+        _save(ctx, inputs, mean, rstd)
         return y, kl
 
     @staticmethod
@@ -96,6 +92,42 @@ class KLLayerNormFunction(torch.autograd.Function):
         ctx.consumed = True  # tells klnorm.kl that this graph is spent
         gradients = _GradientsOnce.apply if torch.is_grad_enabled() else _gradients
         return *gradients(dy, dkl, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
+
+
+class TransformableFunction(KLLayerNormFunction):
+    """The same under torch.func's transforms. Apart, because autograd spends microseconds on calls of this form."""
+
+    @staticmethod
+    def forward(*inputs):
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        _save(ctx, inputs, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dy, dkl, *_):
+        return KLLayerNormFunction.backward(ctx, dy, dkl)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(TransformableFunction.apply, info, in_dims, inputs)
+
+    @staticmethod
+    def jvp(*_):
+        raise RuntimeError(
+            "klnorm has no forward-mode derivatives, which torch.func.jvp, jacfwd and hessian take. "
+            "Remedy: torch.func.vjp or jacrev, or klnorm.reference.kl_layer_norm there."
+        )
+
+
+def _save(ctx, inputs, mean, rstd):
+    tensors, (weight_prior_value, bias_prior_value, prior_std, _, draws, inner) = inputs[:8], inputs[8:]
+    ctx.save_for_backward(*tensors, mean, rstd)
+    ctx.numbers = weight_prior_value, bias_prior_value, prior_std, draws, inner
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(dy, dkl, x, weight, bias, *args):
@@ -111,8 +143,12 @@ class _GradientsOnce(torch.autograd.Function):
     """The gradients where autograd records (create_graph=True): their derivatives must raise, not come out as zero."""
 
     @staticmethod
-    def forward(ctx, *args):
-        return _gradients(*args)
+    def forward(*inputs):
+        return _gradients(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *_):
@@ -120,3 +156,17 @@ class _GradientsOnce(torch.autograd.Function):
             "klnorm has no second derivatives: a backward of the backward (create_graph=True) went through it. "
             "Remedy: use klnorm.reference.kl_layer_norm there, which autograd differentiates any number of times."
         )
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(_GradientsOnce.apply, info, in_dims, inputs)
+
+
+def _one_by_one(function, info, in_dims, inputs):
+    """The rule of vmap: one call for every index of the mapped dimension, outputs stacked."""
+    calls = [
+        function(*(v if dim is None else v.select(dim, i) for v, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    outputs = [None if values[0] is None else torch.stack(values) for values in zip(*calls, strict=True)]
+    return tuple(outputs), tuple(None if output is None else 0 for output in outputs)

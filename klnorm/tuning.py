@@ -1,28 +1,39 @@
-"""Tile sizes, warps and how rows are dealt to programs: plain functions of width, dtype and the number of
-multiprocessors.
+"""Tile sizes, warps and how rows are dealt to programs: plain functions of width, dtype, the device and Triton's
+version.
 
-Tiles and warps depend on the width and the dtype only, so a row's result never depends on the batch it is in.
+Tiles, warps and clusters do not depend on the number of rows, so a row's result never depends on the batch it is in.
 """
 
 import functools
 from typing import NamedTuple
 
+from .versions import reaches
+
 REGISTER_WIDTH = 8192  # widest row kept whole in registers
 REGISTER_WIDTH_FP64 = 2048
 TILE_ELEMENTS = 2048  # of a tile of several narrow rows
+CLUSTER_SHARE = 4096  # features of a row that one block of a cluster takes, while the cluster can grow
+MAX_CLUSTER = 8  # blocks; more than that not every GPU schedules
+CLUSTER_WIDTH = 65536  # widest row kept whole in the registers of a cluster
+CLUSTER_GROUP = 16  # multiprocessors that lie together on every GPU; a cluster stays within one group
+
 WIDE_TILE_BYTES = 24 << 20  # of input that all programs together may read twice and still find in L2
 
 PARTIAL_BYTES = 32 << 20  # of partial sums that a backward may take in any case; else a quarter of its input
 
 
 class Tile(NamedTuple):
-    """Shape of the tile a program works on; `wide` rows are worked through in pieces of `block_n`."""
+    """Shape of the tile a program works on; `wide` rows are worked through in pieces of `block_n`.
+
+    A program is a cluster of `num_ctas` blocks of `num_warps` warps each, on as many multiprocessors.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     wide: bool
+    num_ctas: int = 1
 
 
 class Runs(NamedTuple):
@@ -42,20 +53,41 @@ def next_power_of_2(n):
     return 1 << max(0, n - 1).bit_length()
 
 
+@functools.lru_cache
+def has_clusters(capability, triton_version):
+    """Whether a row may be split over a cluster of multiprocessors: from sm_90 and Triton 3.9 on.
+
+    Replace by a function that returns False to keep every row on one multiprocessor.
+    """
+    return capability >= (9, 0) and reaches(triton_version, (3, 9))
+
+
 @functools.lru_cache(1024)
-def tile(n_cols, itemsize, backward=False):
-    """The tile for rows of `n_cols` features of `itemsize` bytes."""
-    if n_cols > (REGISTER_WIDTH_FP64 if itemsize == 8 else REGISTER_WIDTH):
+def tile(n_cols, itemsize, backward=False, clusters=False):
+    """The tile for rows of `n_cols` features of `itemsize` bytes, on a device that has `clusters` or not."""
+    num_ctas = _cluster_size(n_cols, itemsize, backward) if clusters else 1
+    if num_ctas == 1 and n_cols > (REGISTER_WIDTH_FP64 if itemsize == 8 else REGISTER_WIDTH):
         return Tile(1, 1024 if itemsize == 8 else 2048 if backward else 4096, 8, 1, True)
     block_n = max(16, next_power_of_2(n_cols))
     block_m = max(1, TILE_ELEMENTS // block_n // (itemsize // 2 or 1))
-    return Tile(block_m, block_n, min(16, max(4, block_n // 512)), 1, False)
+    return Tile(block_m, block_n, min(16, max(4, block_n // num_ctas // 512)), 1, False, num_ctas)
+
+
+def _cluster_size(n_cols, itemsize, backward):
+    """Blocks that share a row: several where that is better than going through a wide row twice.
+
+    Forward reads a wide row again from L2 and gains nothing where more than a tenth of the lanes would lie idle.
+    """
+    block_n = next_power_of_2(n_cols)
+    filled = backward or n_cols >= 0.9 * block_n
+    fits = REGISTER_WIDTH < n_cols <= CLUSTER_WIDTH and itemsize < 8
+    return min(MAX_CLUSTER, block_n // CLUSTER_SHARE) if fits and filled else 1
 
 
 @functools.lru_cache(1024)
 def forward_runs(n_rows, draws, tile, row_bytes, multiprocessors):
     """Runs of the forward kernel: short, so that programs even out; wide ones small enough to be read again from L2."""
-    programs = 8 * multiprocessors * max(1, 16 // tile.num_warps)
+    programs = 8 * _resident(tile, multiprocessors)
     if tile.wide:
         run_rows = max(1, WIDE_TILE_BYTES // (2 * multiprocessors * row_bytes))
         programs = max(multiprocessors, -(-n_rows // run_rows))
@@ -67,8 +99,15 @@ def backward_runs(n_rows, draws, tile, n_cols, itemsize, multiprocessors):
     """Runs of the backward kernel: no more programs than are resident at once, as each writes partial sums."""
     row_of_sums = 4 * 4 * n_cols
     affordable = max(PARTIAL_BYTES, n_rows * n_cols * itemsize // 4) // row_of_sums
-    resident = multiprocessors * max(1, 16 // tile.num_warps)
-    return _deal(n_rows, draws, tile.block_m, max(1, min(resident, affordable)))
+    programs = max(1, min(_resident(tile, multiprocessors), affordable))
+    return _deal(n_rows, draws, tile.block_m, programs)
+
+
+def _resident(tile, multiprocessors):
+    """Programs that run at once, at 16 warps a multiprocessor; clusters as many as whole groups hold."""
+    if tile.num_ctas > 1:
+        multiprocessors = max(1, multiprocessors // CLUSTER_GROUP * CLUSTER_GROUP // tile.num_ctas)
+    return multiprocessors * max(1, 16 // tile.num_warps)
 
 
 def finalizer_tile(n_cols):

@@ -24,13 +24,13 @@ def _require(package, minimum):
         if error.name != package:
             raise
         found = None
-    if found is None or not _reaches(found, minimum):
+    if found is None or not reaches(found, minimum):
         needed = f"{package}>={minimum[0]}.{minimum[1]}"
         message = f"klnorm needs {needed}, found {found or 'none'}. Remedy: pip install '{needed}'"
         raise ImportError(message, name=package)
 
 
-def _reaches(version, minimum):
+def reaches(version, minimum):
     """Compare major and minor alone: "2.6.0a0+git" is a build of 2.6, and a version without numbers somebody's own."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return match is None or (int(match[1]), int(match[2])) >= minimum
