@@ -33,7 +33,7 @@ def test_example():
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("module", ["functional", "kl", "modules", "plots", "predict", "replace", "report", "training"])
+@pytest.mark.parametrize("module", ["functional", "kl", "modules", "plots", "predict", "replace", "report", "training", "integrations.transformers", "integrations.lightning"])
 def test_docstring_examples(module):
     names = {"torch": torch, "nn": nn, "F": F, "klnorm": klnorm}
     failed, attempted = doctest.testmod(importlib.import_module(f"klnorm.{module}"), extraglobs=names)
