@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.distributed import fsdp
 
 import klnorm
 from bench import table
@@ -80,13 +81,20 @@ def test_lightning():
     assert names["callback"] in names["trainer"].callbacks
 
 
-def test_distributed():
+@pytest.mark.parametrize("sharded", [False, True])
+def test_distributed(sharded):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    wrappers = {"DistributedDataParallel": nn.parallel.DistributedDataParallel, "fully_shard": fsdp.fully_shard}
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     try:
-        names = run("get_rank()", make_model=small_model, DistributedDataParallel=nn.parallel.DistributedDataParallel)
+        names = run("get_rank()", make_model=small_model, sharded=sharded, policy=policy, **wrappers)
+        model, x, target = names["model"], torch.randn(6, 4), torch.randint(3, (6,))
+        loss = F.cross_entropy(model(x).float(), target) + klnorm.kl_divergence(model) / 6
+        loss.backward()
+        (layer,) = klnorm.kl_layers(model).values()
+        assert klnorm.kl.whole(layer.weight_rho.grad).abs().min() > 0
     finally:
         torch.distributed.destroy_process_group()
-    assert list(klnorm.kl_layers(names["model"])) == ["module.1"]
     assert torch.initial_seed() == 1234
 
 
