@@ -81,13 +81,21 @@ def test_lightning():
     assert names["callback"] in names["trainer"].callbacks
 
 
+class Blocks(nn.Sequential):
+    """A block with a norm in it, and a head."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), nn.Linear(8, 3))
+        self.blocks = [self[0]]
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_distributed(sharded):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     wrappers = {"DistributedDataParallel": nn.parallel.DistributedDataParallel, "fully_shard": fsdp.fully_shard}
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     try:
-        names = run("get_rank()", make_model=small_model, sharded=sharded, policy=policy, **wrappers)
+        names = run("get_rank()", make_model=Blocks, sharded=sharded, policy=policy, **wrappers)
         model, x, target = names["model"], torch.randn(6, 4), torch.randint(3, (6,))
         loss = F.cross_entropy(model(x).float(), target) + klnorm.kl_divergence(model) / 6
         loss.backward()
