@@ -7,19 +7,26 @@ require_versions()
 from . import functional, reference  # noqa: E402
 from .kl import kl_divergence, kl_layers  # noqa: E402
 from .modules import KLLayerNorm  # noqa: E402
+from .plots import plot_summary  # noqa: E402
 from .predict import mc_predict, sampling  # noqa: E402
 from .replace import last_norms, replace_layer_norm, restore_layer_norm  # noqa: E402
+from .report import summary  # noqa: E402
+from .training import KLWeight, param_groups  # noqa: E402
 
 __all__ = [
     "KLLayerNorm",
+    "KLWeight",
     "__version__",
     "functional",
     "kl_divergence",
     "kl_layers",
     "last_norms",
     "mc_predict",
+    "param_groups",
+    "plot_summary",
     "reference",
     "replace_layer_norm",
     "restore_layer_norm",
     "sampling",
+    "summary",
 ]

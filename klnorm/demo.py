@@ -168,20 +168,6 @@ def predict(model, images, samples=0):
     return torch.stack(draws).mean(dim=0)
 
 
-@torch.no_grad()
-def layer_summary(model):
-    """Name of each KLLayerNorm -> (KL in nats, mean deviation of the scale, mean deviation of the shift)."""
-    return {
-        name: (
-            klnorm.kl_divergence(module).item(),
-            F.softplus(module.weight_rho).mean().item(),
-            F.softplus(module.bias_rho).mean().item(),
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, klnorm.KLLayerNorm)
-    }
-
-
 # ---- The experiment --------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +187,7 @@ def run_seed(seed, steps, images, labels, progress):
                 labels=test_labels.cpu(),
                 parameters=sum(p.numel() for p in model.parameters()),
                 seconds=seconds,
-                layers=layer_summary(model),
+                layers={} if arm == "LayerNorm" else klnorm.summary(model).layers,
             )
     return results
 

@@ -31,7 +31,7 @@ class Result:
     labels: torch.Tensor  # (n,)
     parameters: int
     seconds: float
-    layers: dict[str, tuple[float, float, float]]  # layer -> KL in nats, mean deviation of scale, of shift
+    layers: dict  # of `klnorm.summary(model)`
 
     def metrics(self):
         """Row of the table -> number, in the order of DECIMALS."""
@@ -41,7 +41,7 @@ class Result:
             rows[f"{name} NLL"] = nll(probabilities, self.labels)
             rows[f"{name} ECE %"] = 100 * calibration_error(probabilities, self.labels)
         rows["parameters"] = self.parameters
-        rows["KL, nats"] = sum(kl for kl, _, _ in self.layers.values())
+        rows["KL, nats"] = sum(layer.kl for layer in self.layers.values())
         rows["training, s"] = self.seconds
         return rows
 
@@ -183,7 +183,7 @@ def draw_reliability(ax, results):
 def draw_kl(ax, layers):
     """KL of each layer after training: mean and standard deviation over the seeds."""
     names = list(layers[0])
-    kl = torch.tensor([[layer[name][0] for name in names] for layer in layers])  # (seeds, layers)
+    kl = torch.tensor([[layer[name].kl for name in names] for layer in layers])  # (seeds, layers)
     ax.barh(names, kl.mean(dim=0).tolist(), xerr=kl.std(dim=0).tolist(), color="#8c8c8c", capsize=4)
     ax.invert_yaxis()
     ax.set(title="KL of each layer after training", xlabel="nats, mean ± standard deviation over the seeds")
@@ -192,7 +192,9 @@ def draw_kl(ax, layers):
 def draw_deviations(ax, layers, references):
     """Posterior deviations of each layer after training, averaged over its features and the seeds."""
     names = list(layers[0])
-    std = torch.tensor([[layer[name][1:] for name in names] for layer in layers]).mean(dim=0)  # (layers, 2)
+    std = torch.tensor(
+        [[(layer[name].scale.deviation, layer[name].shift.deviation) for name in names] for layer in layers]
+    ).mean(dim=0)  # (layers, 2)
     y = torch.arange(len(names)).numpy()
     ax.barh(y - 0.2, std[:, 0].tolist(), 0.38, color="#8172b3", label="scale")
     ax.barh(y + 0.2, std[:, 1].tolist(), 0.38, color="#ccb974", label="shift")

@@ -60,9 +60,11 @@ def kl_divergence(model, *, check_finite=True):
     torch.compile). The value and the gradient are the same. Add it to the loss and call backward once, as it shares the
     outputs' graph. It counts the layers of `kl_layers(model)`.
 
-    Of a model sharded by FSDP2 it is the whole value on every rank, at the cost of one all-reduce, so every rank has to
-    call it; call it after the forward. Under a mixed precision policy it is taken of the sharded fp32 parameters, but
-    of the cast ones where these are still there after the forward (the root's own, reshard_after_forward=False).
+    Of a model sharded by FSDP2 it is the whole value on every rank, at the cost of one all-reduce: every rank has to
+    call it, after the forward. It is taken of the sharded parameters, in fp32 under a mixed precision policy too; but
+    of the cast ones where those outlast the forward (the root's own; reshard_after_forward=False). A group with KL
+    layers and a number for reshard_after_forward gets no gradient of it. Neither happens to KL layers in a group of
+    their own: ``fully_shard(list(klnorm.kl_layers(model).values()))`` before the rest.
 
     Args:
         model: any nn.Module.

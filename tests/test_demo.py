@@ -54,7 +54,8 @@ def test_draws_differ_from_means_and_deviations_move(finished):
     for means, draws in zip(results["KLLayerNorm, means"], results["KLLayerNorm, 8 draws"], strict=True):
         assert (means.probabilities["test"] - draws.probabilities["test"]).abs().max() > 1e-3
         assert len(means.layers) == 5
-        for _, scale_std, shift_std in means.layers.values():
+        for layer in means.layers.values():
+            scale_std, shift_std = layer.scale.deviation, layer.shift.deviation
             assert scale_std > 1.1 * demo.INIT_STD  # the KL pulls them towards the wider prior
             assert shift_std > 1.1 * demo.INIT_STD
 

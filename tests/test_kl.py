@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence as divergence_of
 from torch.utils.checkpoint import checkpoint
 
 import klnorm
-from klnorm import KLLayerNorm, kl_divergence
+from klnorm import KLLayerNorm, kl_divergence, kl_layers
 
 N = 6
 RHO_OF_ONE = math.log(math.e - 1)  # softplus of it is 1
@@ -267,6 +267,39 @@ def test_layers_with_the_same_parameters_count_once(device):
     for name in "weight", "bias", "weight_rho", "bias_rho":
         setattr(model[1], name, getattr(model[0], name))
     torch.testing.assert_close(kl_divergence(model), apart / 2)
+
+
+# Which layers
+
+
+def test_kl_layers_in_order_and_once(device):
+    model = nn.ModuleDict({"a": Twice(device), "b": nn.Sequential(nn.LayerNorm(N), KLLayerNorm(N, device=device))})
+    model["c"] = model["b"]
+    found = kl_layers(model)
+    assert list(found) == ["a.first", "b.1"]
+    assert found["a.first"] is model["a"].second
+    assert found["b.1"] is model["b"][1]
+    layer = KLLayerNorm(N)
+    assert kl_layers(layer) == {"": layer}
+    assert kl_layers(nn.LayerNorm(N)) == {}
+
+
+def test_kl_layers_survive_a_module_that_holds_its_owner(device):
+    model = small_model(device)
+    model[0].register_module("owner", model)
+    assert list(kl_layers(model)) == ["1"]
+
+
+def test_kl_layers_of_a_compiled_model_are_the_layers_themselves(device):
+    """torch.compile's module passes attributes through, and is no layer for that."""
+    layer = KLLayerNorm(N, device=device)
+    assert kl_layers(torch.compile(layer, backend="eager")) == {"_orig_mod": layer}
+
+
+@pytest.mark.parametrize("model", [None, [nn.LayerNorm(3)]], ids=["None", "list"])
+def test_kl_layers_of_what_is_no_module_are_refused(model):
+    with pytest.raises(TypeError, match=rf"model is a {type(model).__name__}, expected an nn\.Module"):
+        kl_layers(model)
 
 
 # The last forward, or the closed form

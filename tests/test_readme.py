@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
+from torch.distributed import fsdp
 
 import klnorm
 from bench import table
@@ -21,19 +23,119 @@ def test_memory_table_is_that_of_the_result_file(capsys):
     assert capsys.readouterr().out.strip() in README
 
 
-def test_example():
+def blocks():
+    """The README's Python by its first line of interest."""
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(containing, **names):
+    """Run the one block that contains the words, with these names around it; return its names."""
+    (code,) = [code for code in blocks() if containing in code]
+    namespace = {"torch": torch, "F": F, "klnorm": klnorm, **names}
+    exec(code, namespace)
+    return namespace
+
+
+def small_model():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def test_ten_lines():
+    model = small_model()
     before = [p.clone() for p in model.parameters()]
     x, target = torch.randn(6, 4), torch.randint(3, (6,))
-    namespace = {"model": model, "batches": [(x, target)] * 3, "num_examples": 6}
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(code, namespace)
+    names = run("kl_weight.step()", model=model, batches=[(x, target)] * 3, num_examples=6)
     assert type(model[1]) is nn.LayerNorm
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert names["kl_weight"].steps == 3
 
 
-@pytest.mark.parametrize("module", ["functional", "kl", "modules", "replace"])
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def test_trainer_and_checkpoint(tmp_path):
+    examples = [{"input_ids": torch.randint(20, (4,)), "labels": i % 2} for i in range(4)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    names = run("KLTrainer(", model=bert(), arguments=arguments, train_dataset=examples)
+    trained = names["model"]
+    assert names["trainer"].kl_weight.value == 1 / 4
+    assert "kl" in names["trainer"]._kl_logs
+    trained.save_pretrained(tmp_path)
+    bert_class = transformers.BertForSequenceClassification
+    model = run("class KLBert", BertForSequenceClassification=bert_class, directory=tmp_path)["model"]
+    assert model.state_dict().keys() == trained.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in trained.state_dict().items())
+
+
+def test_lightning():
+    lightning = importlib.import_module("lightning")
+    options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "enable_model_summary": False}
+    names = run("KLCallback(", lightning=lightning, num_examples=10, options=options)
+    assert names["callback"] in names["trainer"].callbacks
+
+
+class Blocks(nn.Sequential):
+    """A block with a norm in it, and a head."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), nn.Linear(8, 3))
+        self.blocks = [self[0]]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_distributed(sharded):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    wrappers = {"DistributedDataParallel": nn.parallel.DistributedDataParallel, "fully_shard": fsdp.fully_shard}
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    try:
+        names = run("get_rank()", make_model=Blocks, sharded=sharded, policy=policy, **wrappers)
+        model, x, target = names["model"], torch.randn(6, 4), torch.randint(3, (6,))
+        loss = F.cross_entropy(model(x).float(), target) + klnorm.kl_divergence(model) / 6
+        loss.backward()
+        (layer,) = klnorm.kl_layers(model).values()
+        assert klnorm.kl.whole(layer.weight_rho.grad).abs().min() > 0
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.initial_seed() == 1234
+
+
+def test_prediction_and_inspection(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run("mc_predict", model=klnorm.replace_layer_norm(small_model()), inputs=torch.randn(5, 4))
+    assert "signal/noise" in capsys.readouterr().out
+    assert (tmp_path / "summary.png").stat().st_size > 1000
+    assert names["logger_values"]["klnorm/kl"] > 0
+    assert names["prediction"].entropy.shape == (5,)
+
+
+def test_every_block_is_run():
+    source = Path(__file__).read_text(encoding="utf-8")
+    wanted = re.findall(r'run\(\s*"([^"]+)"', source)
+    assert sorted(sum(word in code for code in blocks()) for word in wanted) == [1] * len(blocks())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "functional",
+        "kl",
+        "modules",
+        "plots",
+        "predict",
+        "replace",
+        "report",
+        "training",
+        "integrations.transformers",
+        "integrations.lightning",
+    ],
+)
 def test_docstring_examples(module):
     names = {"torch": torch, "nn": nn, "F": F, "klnorm": klnorm}
     failed, attempted = doctest.testmod(importlib.import_module(f"klnorm.{module}"), extraglobs=names)

@@ -1,0 +1,237 @@
+"""What the posteriors of a model have become: numbers per layer, as a table and as a flat dict."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import checks
+from .kl import kl_layers, whole
+from .reference.kl_norm import kl_normal
+
+_MEANS = {"scale": "weight", "shift": "bias"}
+_TINY = 1e-30  # a ratio to a deviation that underflows is to be a number in fp32 too, as TensorBoard keeps fp32
+_COLUMNS = {"KL, nats": ("both", "scale", "shift")} | dict.fromkeys(
+    ("deviation", "signal/noise", "fallen back"), ("scale", "shift")
+)
+_GAP = "  "
+
+
+@dataclass(frozen=True)
+class Part:
+    """All scales or all shifts of a layer or of a model; see `klnorm.summary`.
+
+    Attributes:
+        features: how many there are.
+        kl: KL divergence from the prior, the sum over features, in nats.
+        deviation: mean of the posterior deviations.
+        snr: median signal to noise.
+        fallen_back: share of features whose posterior has fallen back to the prior, 0 to 1.
+    """
+
+    features: int
+    kl: float
+    deviation: float
+    snr: float
+    fallen_back: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scales and shifts of a layer, or of all layers; `shift` is None where there are none."""
+
+    scale: Part
+    shift: Part | None
+
+    @property
+    def kl(self):
+        """KL divergence of scales and shifts together, in nats."""
+        return self.scale.kl + (0.0 if self.shift is None else self.shift.kl)
+
+
+@dataclass(frozen=True, repr=False)
+class Summary:
+    """What `klnorm.summary` returns; prints as a table.
+
+    Attributes:
+        layers: qualified name -> Row, a layer each.
+        total: the Row of all layers together.
+        threshold: KL in nats below which a feature has fallen back to its prior.
+    """
+
+    layers: dict[str, Row]
+    total: Row
+    threshold: float
+
+    def as_dict(self):
+        """Flat dict of finite floats, for TensorBoard or W&B.
+
+        The keys are "klnorm/<layer>/<value>", and "klnorm/<value>" for all layers together. <value> is "kl", and for
+        either part "scale_kl", "scale_deviation", "scale_snr", "scale_fallen_back", "shift_kl" and so on; a layer
+        without shift has none of the latter.
+        """
+        values = {}
+        for name, row in [*self.layers.items(), ("", self.total)]:
+            prefix = f"klnorm/{name}/" if name else "klnorm/"
+            values[f"{prefix}kl"] = row.kl
+            for part_name, part in (("scale", row.scale), ("shift", row.shift)):
+                for key in ("kl", "deviation", "snr", "fallen_back") if part else ():
+                    values[f"{prefix}{part_name}_{key}"] = getattr(part, key)
+        return values
+
+    def __repr__(self):
+        names = ["", "layer", *(name or "(the model)" for name in self.layers), "total"]
+        rows = [_cells(row) for row in [*self.layers.values(), self.total]]
+        table = [["features", *(title for titles in _COLUMNS.values() for title in titles)], *rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [_group_titles(widths)] + [_GAP.join(map(str.rjust, cells, widths)) for cells in table]
+        indent = max(map(len, names))
+        lines = [f"{name:<{indent}}{_GAP}{line}".rstrip() for name, line in zip(names, lines, strict=True)]
+        return "\n".join([*lines, f"fallen back: share of features with a KL below {self.threshold:g} nats"])
+
+
+def _group_titles(widths):
+    """The line above the header, each title in the middle of its columns."""
+    titles, start = [" " * widths[0]], 1
+    for title, columns in _COLUMNS.items():
+        span = widths[start : start + len(columns)]
+        titles.append(title.center(sum(span) + len(_GAP) * (len(span) - 1)))
+        start += len(columns)
+    return _GAP.join(titles)
+
+
+def _cells(row):
+    parts = row.scale, row.shift
+    formats = {"kl": "{:,.2f}", "deviation": "{:#.3g}", "snr": "{:#.3g}", "fallen_back": "{:.1%}"}
+    cells = [
+        "-" if part is None else text.format(getattr(part, key)).rstrip(".")
+        for key, text in formats.items()
+        for part in parts
+    ]
+    return [f"{row.scale.features:,}", f"{row.kl:,.2f}", *cells]
+
+
+def summary(model, *, threshold=0.01):
+    """What training has made of the posteriors: a table of the KL layers, scale and shift apart.
+
+    ::
+
+        KL            sum over features, in closed form from the parameters
+        deviation     mean over features of s = softplus(rho)
+        signal/noise  median over features of |mean - prior mean| / s
+        fallen back   share of features with a KL below `threshold`
+
+    The signal is how far a feature has moved from its prior mean, the noise its posterior deviation: 0 where it has not
+    moved; far below 1 where setting it back to its prior mean would change less than sampling does. Around a
+    prior mean of 0 this is the ratio by which Bayesian networks are pruned (Blundell et al. 2015, "Weight uncertainty
+    in neural networks"); around another, |mean| / s would tell the weight that one began with, not what was learned.
+    The median stands for the typical feature; a mean would stand for the few surest.
+
+    A feature of less than 0.01 nats lies within 0.15 prior deviations of its prior mean, with a deviation within 11 %
+    of the prior's. Whoever sees one draw tells posterior from prior in at most 53.6 % of cases (Pinsker's inequality):
+    nothing was learned about it, or the KL weighs too much.
+
+    It counts the layers of `klnorm.kl_layers(model)`, in training as in evaluation mode, and leaves no gradient. A GPU
+    is waited for once. Parameters sharded by FSDP2 are gathered, so every rank has to call it.
+
+    Args:
+        model: any nn.Module with KL layers.
+        threshold: in nats, > 0.
+
+    Returns:
+        A `Summary`: prints as a table; `.layers[name]` and `.total` have `.kl`, `.scale` and `.shift` (None for a layer
+        without), and these `.features`, `.kl`, `.deviation`, `.snr` and `.fallen_back`, computed in fp64;
+        `.as_dict()` is flat, for a logger.
+
+    Raises:
+        TypeError: `model` is not an nn.Module, or `threshold` is not a number.
+        ValueError: `threshold` is out of range, `model` has no KL layer, or a layer is on the meta device or has
+            values that are not finite.
+
+    Example:
+        >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4), nn.LayerNorm(4)))
+        >>> summary = klnorm.summary(model)
+        >>> summary
+                              KL, nats         deviation     signal/noise  fallen back
+        layer  features  both  scale  shift   scale   shift  scale  shift  scale  shift
+        0             8  5.09   2.55   2.55  0.0500  0.0500   0.00   0.00   0.0%   0.0%
+        2             4  2.55   1.27   1.27  0.0500  0.0500   0.00   0.00   0.0%   0.0%
+        total        12  7.64   3.82   3.82  0.0500  0.0500   0.00   0.00   0.0%   0.0%
+        fallen back: share of features with a KL below 0.01 nats
+        >>> round(summary.layers["0"].scale.deviation, 6)
+        0.05
+        >>> round(summary.as_dict()["klnorm/2/kl"], 3)
+        2.545
+    """
+    checks.check_positive("threshold", threshold)
+    layers = kl_layers(model)
+    if not layers:
+        raise ValueError(
+            "model has no KL layer, expected at least one: there is no posterior to look at. "
+            "Remedy: klnorm.replace_layer_norm(model) first."
+        )
+    parts = _parts(layers, threshold)
+    rows = {name: Row(parts[name, "scale"], parts.get((name, "shift"))) for name in [*layers, None]}
+    return Summary(total=rows.pop(None), layers=rows, threshold=float(threshold))
+
+
+@torch.no_grad()
+def _parts(layers, threshold):
+    """(name of a layer, "scale" or "shift") -> Part; the name is None for all layers together."""
+    features = {
+        (name, part): _features(name, layer, mean)
+        for part, mean in _MEANS.items()
+        for name, layer in layers.items()
+        if getattr(layer, mean) is not None
+    }
+    device = next(iter(features.values())).device
+    for part in _MEANS:
+        columns = [values.to(device) for (_, its_part), values in features.items() if its_part == part]
+        if columns:
+            features[None, part] = torch.cat(columns, dim=1)
+    numbers = torch.stack([_reduce(values, threshold).to(device) for values in features.values()]).tolist()
+    for (name, part), row in zip(features, numbers, strict=True):
+        if not all(map(math.isfinite, row)):
+            raise ValueError(_explain(name, layers[name], part))
+    return {key: Part(features[key].shape[1], *row) for key, row in zip(features, numbers, strict=True)}
+
+
+def _features(name, layer, mean):
+    """KL, deviation and signal to noise of every feature, (3, features) in fp64."""
+    value, rho, prior = (tensor.double().flatten() for tensor in _tensors(name, layer, mean).values())
+    deviation = F.softplus(rho)
+    snr = (value - prior).abs() / deviation.clamp_min(_TINY)
+    return torch.stack([kl_normal(value, rho, prior, layer.prior_std), deviation, snr])
+
+
+def _tensors(name, layer, mean):
+    """Mean, rho and prior mean of a layer by their names, gathered where they are sharded."""
+    tensors = {key: getattr(layer, key) for key in (mean, f"{mean}_rho", f"{mean}_prior")}
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{key} of layer {_quote(name)} is on the meta device, expected one that holds values. "
+                "Remedy: model.to_empty(device=...), then load a checkpoint."
+            )
+    return {key: whole(tensor) for key, tensor in tensors.items()}
+
+
+def _reduce(features, threshold):
+    """The numbers of a Part, (4,), from (3, features)."""
+    kl, deviation, snr = features
+    ordered, half = snr.sort().values, (len(snr) - 1) / 2  # torch.median would take the lower of two in the middle
+    median = (ordered[math.floor(half)] + ordered[math.ceil(half)]) / 2
+    return torch.stack([kl.sum(), deviation.mean(), median, (kl < threshold).double().mean()])
+
+
+def _explain(name, layer, part):
+    what = checks.describe_not_finite(_tensors(name, layer, _MEANS[part]).items())
+    return (
+        f"the {part} of layer {_quote(name)} has values that are not finite: {what}. "
+        "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
+    )
+
+
+def _quote(name):
+    return repr(name or "(the model itself)")

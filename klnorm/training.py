@@ -1,0 +1,184 @@
+"""What a training loop needs beside the model: parameter groups for the optimizer, and the weight of the KL."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from . import checks
+from .kl import kl_divergence, kl_layers
+
+_NORMS = nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
+
+
+def param_groups(model, lr, *, rho_lr=1e-2, weight_decay=0.01):
+    """Parameter groups for a torch optimizer: the deviations of klnorm layers need a rate of their own.
+
+    At most three groups, in this order, each with its "name"; every trainable parameter is in exactly one:
+
+    - "decay": all that the others leave, at `lr` with `weight_decay`;
+    - "no_decay": the parameters of normalization layers, and all biases, at `lr` without decay;
+    - "rho": `weight_rho` and `bias_rho` of klnorm layers, at `rho_lr` without decay.
+
+    Normalization layers are those of torch.nn and its subclasses, and modules of a class whose name ends in "Norm".
+    Call it after `klnorm.replace_layer_norm`, and again after freezing or unfreezing parameters.
+
+    Args:
+        model: any nn.Module, wrapped (DistributedDataParallel, PEFT, torch.compile) or not.
+        lr, rho_lr: learning rates, > 0.
+        weight_decay: of the first group, >= 0.
+
+    Returns:
+        List of dicts with the keys "name", "params", "lr" and "weight_decay".
+
+    Raises:
+        TypeError: `model` is not an nn.Module, or a number is none.
+        ValueError: a number is out of range, or no parameter of `model` is trainable.
+
+    Example:
+        >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
+        >>> optimizer = torch.optim.AdamW(klnorm.param_groups(model, lr=1e-4))
+        >>> [(group["name"], len(group["params"]), group["lr"]) for group in optimizer.param_groups]
+        [('decay', 2, 0.0001), ('no_decay', 4, 0.0001), ('rho', 2, 0.01)]
+    """
+    checks.check_module(model)
+    checks.check_positive("lr", lr)
+    checks.check_positive("rho_lr", rho_lr)
+    checks.check_not_negative("weight_decay", weight_decay)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            "model has no trainable parameter, expected at least one: an optimizer would have nothing to do. "
+            "Remedy: set requires_grad of what is to be trained."
+        )
+    special = _special_parameters(model)
+    settings = ("decay", lr, weight_decay), ("no_decay", lr, 0.0), ("rho", rho_lr, 0.0)
+    groups = [
+        {
+            "name": name,
+            "params": [p for p in trainable if special.get(p, "decay") == name],
+            "lr": rate,
+            "weight_decay": w,
+        }
+        for name, rate, w in settings
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _special_parameters(model):
+    """Parameter -> the name of its group, for those that are not in "decay"."""
+    special = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if hasattr(module, "posterior_parameters") and name.endswith("_rho"):
+                special[parameter] = "rho"
+            elif "bias" in name or isinstance(module, _NORMS) or type(module).__name__.lower().endswith("norm"):
+                special.setdefault(parameter, "no_decay")
+    return special
+
+
+class KLWeight:
+    """The weight of the KL divergence, for a loss that is a mean over examples.
+
+    ::
+
+        value = max_weight * min(1, steps / warmup_steps) / N        or  / D instead of  / N
+        loss  = mean over examples of -log p(target | x)  +  value * KL
+
+    With N, `num_examples`, and a `max_weight` of 1 the loss is the negative evidence lower bound per example; with less
+    the posterior is "cold". With D, `per_parameter`, it has the KL per scale and shift
+    (`arXiv 2502.01861 <https://arxiv.org/abs/2502.01861>`_), for where the bound lets the prior win. The warm-up starts
+    at 0 and lets the means settle first.
+
+    Give exactly one of `num_examples` and `per_parameter`. Under gradient accumulation divide the whole loss, KL
+    included, by the number of micro-batches, and call `step` with the optimizer, not with the micro-batch. Where
+    gradients are averaged over processes each adds the same KL, which counts once then.
+
+    Args:
+        num_examples: N, what the loss is a mean over, counted in the whole training set and over all processes:
+            examples, or target tokens for a language model; int >= 1.
+        per_parameter: nn.Module whose random scales and shifts are counted now, those of a shared layer once: D.
+        warmup_steps: calls of `step` until the weight is full; int >= 0.
+        max_weight: the weight of KL / N or KL / D after the warm-up, >= 0.
+
+    Attributes:
+        steps: calls of `step` so far. value: the weight now, a float.
+
+    Raises:
+        TypeError: `num_examples` or `warmup_steps` is no int, `per_parameter` no nn.Module, `max_weight` no number.
+        ValueError: both or neither of the first two are given, a number is out of range, or there is no KL layer.
+
+    Example:
+        >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)))
+        >>> optimizer = torch.optim.AdamW(klnorm.param_groups(model, lr=1e-4))
+        >>> kl_weight = klnorm.KLWeight(num_examples=1000, warmup_steps=2)
+        >>> for step in range(3):
+        ...     x, target = torch.randn(6, 8), torch.randint(2, (6,))
+        ...     loss = F.cross_entropy(model(x), target) + kl_weight(model)
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     kl_weight.step()
+        >>> kl_weight
+        KLWeight(value=0.001, steps=3)
+        >>> klnorm.KLWeight(per_parameter=model).value  # 8 scales and 8 shifts
+        0.0625
+    """
+
+    def __init__(self, *, num_examples=None, per_parameter=None, warmup_steps=0, max_weight=1.0):
+        if (num_examples is None) == (per_parameter is None):
+            raise ValueError(
+                f"{'neither' if num_examples is None else 'both'} of num_examples and per_parameter given, expected "
+                "exactly one: the KL is weighted by 1 / N or by 1 / D. "
+                "Remedy: num_examples=len(train_set), or per_parameter=model."
+            )
+        if per_parameter is None:
+            checks.check_count("num_examples", num_examples)
+        checks.check_count("warmup_steps", warmup_steps, minimum=0)
+        checks.check_not_negative("max_weight", max_weight)
+        divisor = _count_random(per_parameter) if num_examples is None else num_examples
+        self._full, self._warmup_steps = max_weight / divisor, warmup_steps
+        self._set_steps(0)
+
+    def _set_steps(self, steps):
+        self.steps = steps
+        self.value = self._full if steps >= self._warmup_steps else self._full * steps / self._warmup_steps
+        # A new float would make torch.compile compile a loss again in every step of the warm-up; a tensor does not.
+        self._factor = torch.tensor(self.value, dtype=torch.float64, device="cpu")
+
+    def __call__(self, model, *, check_finite=True):
+        """The term to add to the loss: `value` times `klnorm.kl_divergence(model, check_finite=check_finite)`."""
+        kl = kl_divergence(model, check_finite=check_finite)
+        return kl * self._factor.to(kl.dtype)
+
+    def step(self):
+        """Count an optimizer step."""
+        self._set_steps(self.steps + 1)
+
+    def state_dict(self):
+        """What `load_state_dict` needs to resume: the steps so far. All else comes from the constructor again."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict):
+        """Resume from what `state_dict` returned."""
+        if not isinstance(state_dict, Mapping) or state_dict.keys() != {"steps"}:
+            raise ValueError(
+                f"state_dict is {state_dict!r}, expected {{'steps': ...}}. Remedy: pass what state_dict() returned."
+            )
+        checks.check_count("state_dict['steps']", state_dict["steps"], minimum=0)
+        self._set_steps(state_dict["steps"])
+
+    def __repr__(self):
+        return f"KLWeight(value={self.value:.6g}, steps={self.steps})"
+
+
+def _count_random(model):
+    """How many scales and shifts of `model` have a posterior; each has two parameters, mean and rho."""
+    checks.check_module(model, "per_parameter")
+    count = sum(p.numel() for layer in kl_layers(model).values() for p in layer.posterior_parameters()) // 2
+    if not count:
+        raise ValueError(
+            "per_parameter is a model without KL layers, expected at least one: there is no posterior to count. "
+            "Remedy: klnorm.replace_layer_norm(model) first."
+        )
+    return count
