@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from klnorm import launch
+from klnorm import launch, tuning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.int64: "*i64"}
@@ -55,9 +55,11 @@ VECTOR_WIDTHS = 768, 1000, 3072, 5120, 12288
 ROW_SCALARS = 6  # accesses of single numbers of a row in one loop, at most: mean, rstd, row sums
 
 
-def calls(n_cols, dtype, mode, multiprocessors):
+def calls(n_cols, dtype, mode, arch):
     """Kind -> the `launch.Call` that klnorm would make for ROWS x n_cols in this mode, on tensors without memory."""
-    target = launch.Target(multiprocessors, True)
+    capability, multiprocessors = ARCHITECTURES[arch]
+    clusters = tuning.has_clusters(divmod(capability, 10), triton.__version__)
+    target = launch.Target(multiprocessors, True, clusters)
 
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -138,9 +140,8 @@ def access_widths(ops):
 def inspect(variant):
     """A row of figures for (n_cols, dtype name, mode, kind, architecture)."""
     n_cols, dtype, mode, kind, arch = variant
-    capability, multiprocessors = ARCHITECTURES[arch]
-    call = calls(n_cols, DTYPES[dtype], mode, multiprocessors)[kind]
-    compiled = compile_ahead(call, capability)
+    call = calls(n_cols, DTYPES[dtype], mode, arch)[kind]
+    compiled = compile_ahead(call, ARCHITECTURES[arch][0])
     usage = disassemble(compiled.asm["cubin"], "-res-usage")
     registers, stack, shared, local = map(
         int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()
@@ -148,7 +149,7 @@ def inspect(variant):
     loops = row_loops(disassemble(compiled.asm["cubin"], "-sass")) if kind != "finalize" else []
     ops = list(itertools.chain(*loops))
     tile = call.constants.get("BLOCK_M", 0) * min(call.constants["BLOCK_N"], n_cols)
-    per_element = tile / (32 * call.num_warps) or float("nan")
+    per_element = tile / (32 * call.num_warps * call.num_ctas) or float("nan")
     figures = {
         "total": len(ops),
         "multiply": count(ops, "IMAD|UIMAD|XMAD"),
@@ -157,7 +158,7 @@ def inspect(variant):
     }
     return {
         "n": n_cols, "dtype": dtype, "mode": mode, "kind": kind, "arch": arch, "kernel": call.kernel.fn.__name__,
-        "warps": call.num_warps, "registers": registers, "stack": stack, "local": local,
+        "warps": call.num_warps, "ctas": call.num_ctas, "registers": registers, "stack": stack, "local": local,
         "shared": max(shared, compiled.metadata.shared), "loops": len(loops), "widths": access_widths(ops),
         **{name: round(figure / per_element, 2) if loops else None for name, figure in figures.items()},
     }  # fmt: skip
@@ -184,7 +185,7 @@ def check(rows):
 
 def show(rows):
     columns = [
-        "n", "mode", "kind", "warps", "registers", "stack", "local", "shared",
+        "n", "mode", "kind", "warps", "ctas", "registers", "stack", "local", "shared",
         "total", "multiply", "special", "memory", "widths",
     ]  # fmt: skip
     cells = [columns] + [["" if row[c] is None else str(row[c]) for c in columns] for row in rows]

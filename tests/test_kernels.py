@@ -182,6 +182,15 @@ def test_wide_rows_as_tuned(device, monkeypatch, noise):
     Problem(device, (3, 2), 9001, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
+@pytest.mark.parametrize("noise", ["sample", "token"])
+def test_rows_of_clusters(device, monkeypatch, noise):
+    """Rows that a cluster keeps whole where there are clusters; the interpreter runs any cluster as one block."""
+    few_finalizer_programs(device, monkeypatch)
+    if device.type == "cpu":
+        monkeypatch.setattr(tuning, "has_clusters", lambda capability, triton_version: True)
+    Problem(device, (3, 2), 15001, noise, dtype=torch.bfloat16).check(monkeypatch)
+
+
 @pytest.mark.parametrize("noise", ["batch", "token"])
 def test_widest_rows(device, monkeypatch, noise):
     few_finalizer_programs(device, monkeypatch)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import inspect as inspector
 from klnorm import launch, ops, tuning
 from klnorm.functional import normalize
 from klnorm.kernels.rows import run_of
@@ -41,13 +42,88 @@ def test_every_position_belongs_to_one_program(draws, rows_per_draw, programs, b
 @pytest.mark.parametrize("n", [1, 15, 16, 255, 1000, 8192, 8193, 1 << 20])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("backward", [False, True])
-def test_tiles(n, itemsize, backward):
-    tile = tuning.tile(n, itemsize, backward)
+@pytest.mark.parametrize("clusters", [False, True])
+def test_tiles(n, itemsize, backward, clusters):
+    tile = tuning.tile(n, itemsize, backward, clusters)
     assert tile.wide == (tile.block_n < n)
-    for power in tile.block_m, tile.block_n, tile.num_warps:
+    for power in tile.block_m, tile.block_n, tile.num_warps, tile.num_ctas:
         assert power & (power - 1) == 0
     assert tile.block_n >= 8  # the noise comes in eights
-    assert tile.block_m * tile.block_n <= max(tuning.TILE_ELEMENTS, tuning.REGISTER_WIDTH)
+    assert tile.block_m * tile.block_n // tile.num_ctas <= max(tuning.TILE_ELEMENTS, tuning.REGISTER_WIDTH)
+    assert tile.num_ctas == 1 or clusters
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton_version", "expected"),
+    [
+        ((9, 0), "3.9.0", True),
+        ((10, 0), "3.10.0+git1a2b", True),
+        ((9, 0), "3.8.0", False),  # compiles pairs to three times the instructions, larger clusters not at all
+        ((9, 0), "3.7.1", False),
+        ((8, 9), "3.9.0", False),
+        ((0, 0), "3.9.0", False),
+    ],
+)
+def test_has_clusters(capability, triton_version, expected):
+    assert tuning.has_clusters(capability, triton_version) is expected
+
+
+@pytest.mark.parametrize(
+    ("n", "itemsize", "forward", "backward"),  # (blocks, warps) that share a row, None where it is worked in pieces
+    [
+        (4096, 2, (1, 8), (1, 8)),
+        (8192, 2, (1, 16), (1, 16)),
+        (8193, 2, None, (4, 8)),  # forward: nearly half of the lanes idle
+        (12288, 2, None, (4, 8)),
+        (15000, 2, (4, 8), (4, 8)),
+        (16384, 4, (4, 8), (4, 8)),
+        (32768, 2, (8, 8), (8, 8)),
+        (65536, 2, (8, 16), (8, 16)),
+        (65537, 2, None, None),
+        (2048, 8, (1, 4), (1, 4)),
+        (16384, 8, None, None),
+    ],
+)
+def test_cluster_sizes(n, itemsize, forward, backward):
+    for expected, is_backward in (forward, False), (backward, True):
+        tile = tuning.tile(n, itemsize, is_backward, clusters=True)
+        assert tile.wide == (expected is None)
+        assert (tile.num_ctas, tile.num_warps) == (expected or (1, 8))
+
+
+@pytest.mark.parametrize(("num_ctas", "clusters"), [(1, 132), (4, 32), (8, 16)])
+@pytest.mark.parametrize(("num_warps", "per_multiprocessor"), [(16, 1), (8, 2)])
+def test_programs_are_clusters(num_ctas, clusters, num_warps, per_multiprocessor):
+    """132 multiprocessors: 8 groups of at least 16, each with whole clusters alone."""
+    tile = tuning.Tile(1, 16384, num_warps, 1, False, num_ctas)
+    resident = clusters * per_multiprocessor
+    assert tuning.backward_runs(1 << 20, 1, tile, 16384, 2, 132).programs == resident
+    assert tuning.forward_runs(1 << 20, 1, tile, 32768, 132).programs == pytest.approx(8 * resident, rel=0.01)
+    assert tuning.backward_runs(1 << 20, 1, tile, 16384, 2, 3).programs >= 1
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_launches_of_clusters(monkeypatch, clusters):
+    """Rows of 16384 in clusters of 4: a program is a cluster, in the grid as in the partial sums."""
+    monkeypatch.setattr(tuning, "has_clusters", lambda capability, version: clusters)
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, options["num_ctas"], options["num_warps"]))
+
+    calls = inspector.calls(16384, torch.bfloat16, "token", "sm_90")
+    assert [call.kernel.__name__ for call in calls.values()] == (
+        ["forward_kernel", "backward_kernel", "finalize_kernel"]
+        if clusters
+        else ["forward_wide_kernel", "backward_wide_kernel", "finalize_kernel"]
+    )
+    for call in calls.values():
+        call._replace(kernel=Kernel()).launch()
+    programs = [call.grid for call in calls.values()]
+    assert launched == list(zip([(n,) for n in programs], [4, 4, 1] if clusters else [1] * 3, [8, 8, 4], strict=True))
+    partial = calls["finalize"].args[0]
+    assert partial.shape == (4, programs[1], 16384)
 
 
 @triton.jit
