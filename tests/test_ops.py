@@ -1,11 +1,7 @@
 """The operators: their registration, their gradients one by one, and what torch.compile makes of them."""
 
-import subprocess
-import sysconfig
-
 import pytest
 import torch
-import torch._inductor.cpp_builder
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -54,17 +50,23 @@ def forward_arguments(device, mode, bias=True, tensor_prior=False, dtype=torch.f
     tensors = {name: t.detach() for name, t in make(device, leading, bias=bias, dtype=dtype).items()}
     prior = torch.randn(N, device=device, dtype=dtype) if tensor_prior else None
     return (
-        tensors["x"] if x is None else x, *(tensors.get(name) for name in NAMES[1:]), prior, prior if bias else None,
-        None if mode == "none" else torch.tensor([7], device=device), 1.0, 0.0, 0.1, 1e-5, *layouts(mode),
+        tensors["x"] if x is None else x, None, *(tensors.get(name) for name in NAMES[1:]), prior,
+        prior if bias else None, None if mode == "none" else torch.tensor([7], device=device),
+        1.0, 0.0, 0.1, 1e-5, *layouts(mode), 1, False,
     )  # fmt: skip
 
 
 def backward_arguments(forward, with_dy=True, with_dkl=True, dy=None):
-    y, kl, mean, rstd = torch.ops.klnorm.norm_forward.default(*forward)
+    y, total, kl, mean, rstd = torch.ops.klnorm.norm_forward.default(*forward)
     dy = torch.randn_like(y) if dy is None else dy
-    tensors, (weight_prior, bias_prior, prior_std, _, draws, inner) = forward[:8], forward[8:]
-    cotangents = dy if with_dy else None, torch.randn_like(kl) if with_dkl else None
-    return *cotangents, *tensors, mean, rstd, weight_prior, bias_prior, prior_std, draws, inner
+    (x, residual, *tensors), (weight_prior, bias_prior, prior_std, _, draws, inner, groups, rms) = (
+        forward[:9],
+        forward[9:],
+    )
+    z, dsum = (x, None) if residual is None else (total, torch.randn_like(total))
+    cotangents = dy if with_dy else None, dsum, torch.randn_like(kl) if with_dkl else None
+    statistics = None if rms else mean, rstd
+    return *cotangents, z, *tensors, *statistics, weight_prior, bias_prior, prior_std, draws, inner, groups
 
 
 def opcheck(name, arguments):
@@ -75,6 +77,30 @@ def opcheck(name, arguments):
 @pytest.mark.parametrize("mode", MODES)
 def test_opcheck(device, mode, bias):
     forward = forward_arguments(device, mode, bias, tensor_prior=bias)
+    opcheck("norm_forward", forward)
+    opcheck("norm_backward", backward_arguments(forward))
+
+
+@pytest.mark.parametrize("variant", ["rms", "residual", "deterministic", "groups", "all"])
+def test_opcheck_of_the_family(device, variant):
+    x, residual, *tensors = forward_arguments(device, "none" if variant == "deterministic" else "sample")
+    *numbers, groups, _ = tensors[7:]
+    weight, bias, weight_rho, bias_rho, *priors_and_seed = tensors[:7]
+    if variant == "deterministic":
+        weight_rho = bias_rho = None
+    if variant in ("rms", "all"):
+        bias = bias_rho = None
+    if variant in ("residual", "all"):
+        residual = torch.randn(
+            x.shape, device=device, dtype=torch.float64 if x.dtype == torch.float64 else torch.bfloat16
+        )
+    if variant in ("groups", "all"):
+        parameters = (
+            None if p is None else torch.randn(3, N, device=device) for p in (weight, bias, weight_rho, bias_rho)
+        )
+        (weight, bias, weight_rho, bias_rho), groups = parameters, 3
+    parameters = weight, bias, weight_rho, bias_rho
+    forward = x, residual, *parameters, *priors_and_seed, *numbers, groups, variant in ("rms", "all")
     opcheck("norm_forward", forward)
     opcheck("norm_backward", backward_arguments(forward))
 
@@ -110,8 +136,8 @@ def test_opcheck_of_strided_tensors(device, mode):
 
 def test_opcheck_of_no_rows(device):
     forward = forward_arguments(device, "sample", leading=(0, 4))
-    opcheck("norm_forward", (*forward[:-2], 0, 4))
-    backward = backward_arguments((*forward[:-2], 0, 4))
+    opcheck("norm_forward", (*forward[:-4], 0, 4, 1, False))
+    backward = backward_arguments((*forward[:-4], 0, 4, 1, False))
     opcheck("norm_backward", backward)
 
 
@@ -234,32 +260,6 @@ def test_a_second_derivative_around_the_op_works(device):
 
 # torch.compile
 
-INDUCTOR = {
-    "fallback_random": True,  # else inductor draws seeds of its own
-    "cpp.vec_isa_ok": True,  # else it compiles C++ for many seconds to find what the processor can do
-}
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def inductor(tmp_path_factory):
-    """Skip without a C++ compiler that finds what inductor's code includes; trying inductor itself takes far longer."""
-    source = tmp_path_factory.mktemp("probe") / "probe.cpp"
-    source.write_text("#include <Python.h>\n#include <omp.h>\n#include <cmath>\n")
-    try:
-        compiler = torch._inductor.cpp_builder.get_cpp_compiler()
-        command = [compiler, "-fsyntax-only", "-fopenmp", f"-I{sysconfig.get_path('include')}", source]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except Exception as error:
-        reason = getattr(error, "stderr", None) or str(error) or type(error).__name__
-        pytest.skip(f"inductor needs a C++ compiler with OpenMP and Python's headers: {reason.splitlines()[0]}")
-
 
 def assert_compiled_equals_eager(function, tensors, device, backend="aot_eager"):
     """Outputs and gradients of `function`, compiled into one graph, are those of eager for the same seed."""
@@ -274,8 +274,7 @@ def assert_compiled_equals_eager(function, tensors, device, backend="aot_eager")
         return *outputs, *torch.autograd.grad(outputs, tensors, cotangents)
 
     expected = run(function)
-    with torch._inductor.config.patch(INDUCTOR):
-        found = run(torch.compile(function, fullgraph=True, backend=backend))
+    found = run(torch.compile(function, fullgraph=True, backend=backend))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, **close(device))
@@ -315,7 +314,7 @@ def test_compiled_model_with_the_kl_in_its_loss_equals_eager(device, training):
     assert_compiled_equals_eager(training_step(model, x), list(model.parameters()), device)
 
 
-@pytest.mark.usefixtures("inductor", "fresh_dynamo")
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("mode", ["sample", "token"])
 def test_inductor_equals_eager(device, mode):
     """On a strided x, as inductor relies on the strides seen in tracing. The loss stays outside: its C++ takes long."""
@@ -327,13 +326,12 @@ def test_inductor_equals_eager(device, mode):
     )
 
 
-@pytest.mark.usefixtures("inductor", "fresh_dynamo")
+@pytest.mark.usefixtures("inductor")
 def test_inductor_draws_fresh_noise_for_every_layer_and_call(device):
     layers = nn.ModuleList([KLLayerNorm(N), KLLayerNorm(N)]).to(device)
     function = torch.compile(lambda x: (layers[0](x), layers[1](x)), fullgraph=True, backend="inductor")
     x = torch.randn(3, 4, N, device=device)
-    with torch._inductor.config.patch({**INDUCTOR, "fallback_random": False}):
-        outputs = *function(x), *function(x)
+    outputs = *function(x), *function(x)
     assert all(not torch.isclose(outputs[i], outputs[j]).all() for i in range(4) for j in range(i))
     torch.manual_seed(3)
     first = function(x)
