@@ -1,12 +1,33 @@
-"""What is measured: shapes, dtypes, noise modes and contestants, most telling first, for a budget may cut the list."""
+"""What is measured: operations, shapes, dtypes, noise modes, contestants; most telling first, a budget may cut it."""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 LAYER_NORM = "none"  # noise of a contestant that is a plain normalization
 KL_NOISES = "batch", "sample", "token"
 KLNORM_NOISES = "eval", *KL_NOISES
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class Operation(NamedTuple):
+    """What is computed beside LayerNorm. `groups`: every sample has parameters of its own, (samples, width)."""
+
+    rms: bool = False
+    residual: bool = False
+    groups: bool = False
+    deterministic: bool = False
+
+
+OPERATIONS = {
+    "layer_norm": Operation(),
+    "rms_norm": Operation(rms=True),
+    "residual": Operation(residual=True),
+    "rms_residual": Operation(rms=True, residual=True),
+    "groups": Operation(groups=True),
+    "deterministic": Operation(deterministic=True),
+}
+FAMILY = tuple(OPERATIONS)[1:]
 
 
 @dataclass(frozen=True)
@@ -37,14 +58,33 @@ class Case:
     noise: str
     shape: Shape
     dtype: str
+    operation: str = "layer_norm"
+
+    @property
+    def variant(self):
+        return OPERATIONS[self.operation]
 
     @property
     def draws(self):
         return {"batch": 1, "sample": self.shape.samples, "token": self.shape.n_rows}[self.noise]
 
     @property
+    def parameter_shape(self):
+        return (self.shape.samples, self.shape.width) if self.variant.groups else (self.shape.width,)
+
+    @property
     def key(self):
-        return f"{self.contestant}/{self.noise}/{self.shape}/{self.dtype}"
+        return f"{name_of(self.operation, self.contestant)}/{self.noise}/{self.shape}/{self.dtype}"
+
+
+def name_of(operation, contestant):
+    """The contestant's name, after that of the operation unless it is LayerNorm."""
+    return contestant if operation == "layer_norm" else f"{operation}/{contestant}"
+
+
+def operation_of(record):
+    """The operation of a record; those written before there was a choice are LayerNorm's."""
+    return record.get("operation", "layer_norm")
 
 
 # At least 64 Mi elements each, the size that the targets speak of: far more than L2 holds.
@@ -76,37 +116,62 @@ def noises_of(family):
 
 
 def plan(families, quick=False):
-    """Cases in order of worth; `families` maps every contestant at hand to its family."""
-    shapes = TARGET_SHAPES[:5] if quick else TARGET_SHAPES
+    """Cases in order of worth; `families` maps operations to {contestant at hand: its family}."""
+
+    def cases(names, shape, noises, dtype="bf16", operation="layer_norm"):
+        """Those of `names` at hand (None: all); a normalization without noise has the one "noise" it has."""
+        at_hand, wanted = families[operation], {LAYER_NORM, *noises}
+        return [
+            Case(name, noise, shape, dtype, operation)
+            for name in names or at_hand
+            if name in at_hand
+            for noise in noises_of(at_hand[name])
+            if noise in wanted
+        ]
+
     middle = TARGET_SHAPES[0]
-    cases = [Case(name, noise, BERT, "bf16") for name, noise in _lines(families, ("klnorm", "native"), ("batch",))]
-    for shape in shapes:
-        cases += [Case(name, noise, shape, "bf16") for name, noise in _lines(families, ("klnorm",), KLNORM_NOISES)]
-    for shape in shapes[:1] if quick else shapes:
-        cases += [Case(name, noise, shape, "bf16") for name, noise in _lines(families, families, ("batch",))]
-    if not quick:
-        cases += [Case(name, noise, BERT, "bf16") for name, noise in _lines(families, families, KLNORM_NOISES)]
+    planned = cases(("klnorm", "native"), BERT, ("batch",))
+    for shape in TARGET_SHAPES[:5] if quick else TARGET_SHAPES:
+        planned += cases(("klnorm",), shape, KLNORM_NOISES)
+    for shape in TARGET_SHAPES[:1] if quick else TARGET_SHAPES:
+        planned += cases(None, shape, ("batch",))
+    if quick:
+        planned += cases(("klnorm",), middle, ("batch",), operation="rms_norm")
+        planned += cases(("klnorm", "unfused"), middle, ("batch",), operation="residual")
+    else:
+        for shape in TARGET_SHAPES[:3]:
+            for operation in FAMILY:
+                planned += cases(None, shape, ("batch",), operation=operation)
+        for shape in TARGET_SHAPES:
+            planned += cases(("klnorm",), shape, KLNORM_NOISES, operation="rms_norm")
+        planned += cases(None, BERT, KLNORM_NOISES)
         for shape in SMALL_SHAPES:
-            names = "klnorm", "native", "compiled"
-            cases += [Case(name, noise, shape, "bf16") for name, noise in _lines(families, names, KLNORM_NOISES)]
+            planned += cases(("klnorm", "native", "compiled"), shape, KLNORM_NOISES)
         for dtype in "bf16", "fp32", "fp16":
-            cases += [Case(name, noise, middle, dtype) for name, noise in _lines(families, families, KLNORM_NOISES)]
+            planned += cases(None, middle, KLNORM_NOISES, dtype)
         for shape in SMALL_SHAPES:
-            cases += [Case(name, noise, shape, "bf16") for name, noise in _lines(families, families, ("batch",))]
-    return list(dict.fromkeys(cases))
+            planned += cases(None, shape, ("batch",))
+        for shape in *TARGET_SHAPES, BERT:
+            for operation in FAMILY:
+                planned += cases(None, shape, ("batch", "token"), operation=operation)
+    return list(dict.fromkeys(planned))
 
 
-def _lines(families, names, noises):
-    """(contestant, noise) for the names at hand; a plain normalization has the one noise it has."""
-    wanted = {LAYER_NORM, *noises}
-    return [
-        (name, noise) for name in names if name in families for noise in noises_of(families[name]) if noise in wanted
-    ]
+def tensors(operation, direction):
+    """The fewest tensors of the size of x that the direction can read and write.
+
+    Forward reads x and writes y; backward reads x and dy and writes dx. With a residual forward also reads it and
+    writes the sum; backward, in which the sum takes the place of x, also reads the sum's gradient, and the gradients of
+    x and of the residual are one tensor.
+    """
+    residual = OPERATIONS[operation].residual
+    counts = {"forward": 4 if residual else 2, "backward": 4 if residual else 3}
+    return counts.get(direction, sum(counts.values()))
 
 
 def traffic(case, direction, itemsize):
-    """The fewest bytes the direction can move: x in and y out; x and dy in and dx out; or all five."""
-    return {"forward": 2, "backward": 3, "both": 5}[direction] * case.shape.elements * itemsize
+    """The fewest bytes the direction can move; parameters and statistics, small beside x, are left out."""
+    return tensors(case.operation, direction) * case.shape.elements * itemsize
 
 
 def sets_beyond(cache_bytes, bytes_of_one, most):

@@ -4,9 +4,10 @@ import gc
 
 import torch
 
-from .cases import DTYPES, sets_beyond, traffic
+from .cases import operation_of, sets_beyond, traffic
 from .check import Wrong, check, output_gradients
-from .contestants import CONTESTANTS, make_values
+from .contestants import contestant_of
+from .layers import dtype_of, make_values
 from .saved import saved_bytes
 from .timing import MOST_CALLS, measure, wall
 
@@ -14,41 +15,43 @@ DIRECTIONS = "forward", "backward", "both"
 
 
 class Buffers:
-    """`sets` of x and dy for a case; call(i) uses set i % sets."""
+    """`sets` of inputs, (x,) or (x, residual), and of the cotangents of the outputs like them, (dy,) or (dy, dsum)."""
 
     def __init__(self, case, device, sets):
         generator = torch.Generator(device=device).manual_seed(1)
         shape = case.shape.samples, case.shape.rows, case.shape.width
-        dtype = getattr(torch, DTYPES[case.dtype])
+        count = 2 if case.variant.residual else 1
 
         def normal(shift):
-            return (torch.randn(shape, generator=generator, device=device) + shift).to(dtype)
+            return (torch.randn(shape, generator=generator, device=device) + shift).to(dtype_of(case))
 
-        self.xs = [normal(0.5).requires_grad_() for _ in range(sets)]
-        self.dys = [normal(0.0) for _ in range(sets)]
+        self.inputs = [[normal(0.5).requires_grad_() for _ in range(count)] for _ in range(sets)]
+        self.cotangents = [[normal(0.0) for _ in range(count)] for _ in range(sets)]
 
 
 def calls(layer, buffers):
-    """{direction: function that makes its call}; a call holds as many results as there are buffers: they rotate too."""
-    sets = len(buffers.xs)
+    """{direction: function that makes its call}. Call i uses set i % sets of the buffers, and holds as many results as
+    there are sets: they rotate too.
+    """
+    sets, parameters = len(buffers.inputs), list(layer.parameters.values())
 
     def forward():
         kept = [None] * sets
 
         def call(i):
-            kept[i % sets] = layer.forward(buffers.xs[i % sets])
+            kept[i % sets] = layer.forward(*buffers.inputs[i % sets])
 
         return call
 
     def backward():
-        graphs = [layer.forward(x) for x in buffers.xs]
-        cotangents = [output_gradients(outputs, dy) for outputs, dy in zip(graphs, buffers.dys, strict=True)]
+        graphs = [layer.forward(*inputs) for inputs in buffers.inputs]
+        gradients = [output_gradients(*pair) for pair in zip(graphs, buffers.cotangents, strict=True)]
         kept = [None] * sets
 
         def call(i):
             s = i % sets
-            leaves = [buffers.xs[s], *layer.parameters.values()]
-            kept[s] = torch.autograd.grad(graphs[s], leaves, cotangents[s], retain_graph=True)
+            leaves = [*buffers.inputs[s], *parameters]
+            kept[s] = torch.autograd.grad(graphs[s], leaves, gradients[s], retain_graph=True)
 
         return call
 
@@ -57,35 +60,38 @@ def calls(layer, buffers):
 
         def call(i):
             s = i % sets
-            outputs = layer.forward(buffers.xs[s])
-            leaves = [buffers.xs[s], *layer.parameters.values()]
-            kept[s] = torch.autograd.grad(outputs, leaves, output_gradients(outputs, buffers.dys[s]))
+            outputs = layer.forward(*buffers.inputs[s])
+            leaves = [*buffers.inputs[s], *parameters]
+            kept[s] = torch.autograd.grad(outputs, leaves, output_gradients(outputs, buffers.cotangents[s]))
 
         return call
 
     return {"forward": forward, "backward": backward, "both": both}
 
 
+def build(case, device, sets):
+    """The contestant's layer and its buffers."""
+    layer = contestant_of(case).build(case, make_values(case.parameter_shape, device), device)
+    return layer, Buffers(case, device, sets)
+
+
 def prepare(case, device, sets):
     """The layer and its buffers, past the gate."""
-    contestant = CONTESTANTS[case.contestant]
-    layer = contestant.build(case, make_values(case.shape.width, device), device)
-    buffers = Buffers(case, device, sets)
-    check(layer, case, contestant.family, buffers.xs[0], buffers.dys[0])
+    layer, buffers = build(case, device, sets)
+    check(layer, case, contestant_of(case).family, buffers.inputs[0], buffers.cotangents[0])
     return layer, buffers
 
 
 def compile_case(case, device="cuda"):
     """One forward and backward of a case, for what it leaves in the compilers' caches."""
-    device = torch.device(device)
-    layer = CONTESTANTS[case.contestant].build(case, make_values(case.shape.width, device), device)
-    calls(layer, Buffers(case, device, 1))["both"]()(0)
+    calls(*build(case, torch.device(device), 1))["both"]()(0)
 
 
 def measure_case(case, clock, device, cache_bytes):
     """The record of a case. `status`: "ok"; "wrong", then nothing was timed; "failed", where it raised an error."""
     record = {
-        "contestant": case.contestant, "noise": case.noise, "dtype": case.dtype, "shape": str(case.shape),
+        "operation": case.operation, "contestant": case.contestant, "noise": case.noise, "dtype": case.dtype,
+        "shape": str(case.shape),
         "samples": case.shape.samples, "n_rows": case.shape.n_rows, "width": case.shape.width,
         "elements": case.shape.elements, "status": "ok", "why": None, "parameter_dtype": None,
         "forward": None, "backward": None, "both": None, "wall_ms": None, "peak_bytes": None, "saved_bytes": None,
@@ -101,13 +107,13 @@ def measure_case(case, clock, device, cache_bytes):
 
 
 def _measure(record, case, clock, device, cache_bytes):
-    itemsize = getattr(torch, DTYPES[case.dtype]).itemsize
+    itemsize = dtype_of(case).itemsize
     sets = sets_beyond(cache_bytes, case.shape.elements * itemsize, MOST_CALLS)
     layer, buffers = prepare(case, device, sets)
     record["parameter_dtype"] = str(layer.parameters["weight"].dtype).removeprefix("torch.")
     # Twice: what a first call initializes is not what a call saves.
     state = [*layer.parameters.values(), *layer.buffers]
-    record["saved_bytes"] = [saved_bytes(layer.forward, buffers.xs[0], state) for _ in range(2)][1][2]
+    record["saved_bytes"] = [saved_bytes(layer.forward, buffers.inputs[0], state) for _ in range(2)][1][2]
     for direction, make in calls(layer, buffers).items():
         call = make()
         timing = measure(call, clock)
@@ -116,11 +122,11 @@ def _measure(record, case, clock, device, cache_bytes):
         if direction == "both":
             record["wall_ms"] = wall(call, clock)
         del call
-    record["peak_bytes"] = _peak(calls(layer, buffers)["both"]()) if device.type == "cuda" else None
+    record["peak_bytes"] = peak(calls(layer, buffers)["both"]()) if device.type == "cuda" else None
 
 
-def _peak(call):
-    """Most bytes that one forward and backward allocates beyond x, dy and the parameters."""
+def peak(call):
+    """Most bytes that one forward and backward allocates beyond the buffers and the parameters."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call(0)
@@ -129,7 +135,9 @@ def _peak(call):
 
 def line(record, copy_gbps):
     """The record as a line of the table on the screen."""
+    operation = operation_of(record)
     start = f"{record['contestant']:<14} {record['noise']:<6} {record['shape']:>12} {record['dtype']}"
+    start += "" if operation == "layer_norm" else f" {operation}"
     if record["status"] != "ok":
         return f"{start}  {record['status'].upper()}: {record['why']}"
     cells = []

@@ -12,13 +12,19 @@ from pathlib import Path
 import torch
 
 from . import report
-from .cases import BERT, DTYPES, KL_NOISES, LAYER_NORM, Case, Shape
-from .check import output_gradients
-from .contestants import CONTESTANTS, make_values
+from .cases import BERT, FAMILY, KL_NOISES, LAYER_NORM, Case, Shape, operation_of
+from .contestants import OF_OPERATION
+from .measure import build, calls, peak
 from .saved import saved_bytes
 
 LARGE = Shape(8, 512, 1024)
 LINES = [("native", LAYER_NORM), *[(name, noise) for name in ("klnorm", "eager") for noise in KL_NOISES]]
+FAMILY_LINES = [
+    (operation, name, LAYER_NORM if contestant.family == "layer_norm" else "batch")
+    for operation in FAMILY
+    for name, contestant in OF_OPERATION[operation].items()
+    if name in ("klnorm", "unfused", "native", "eager")
+]
 
 
 def main(arguments=None):
@@ -31,9 +37,8 @@ def main(arguments=None):
     shapes = [BERT] if options.quick else [BERT, LARGE]
     cases = [Case(name, noise, shape, dtype) for shape in shapes for dtype in ("bf16", "fp32") for name, noise in LINES]
     if not options.quick:  # compiling takes long: last
-        cases += [
-            Case("eager_compiled", case.noise, case.shape, case.dtype) for case in cases if case.contestant == "eager"
-        ]
+        slow = [Case("eager_compiled", c.noise, c.shape, c.dtype) for c in cases if c.contestant == "eager"]
+        cases += [Case(name, noise, LARGE, "bf16", operation) for operation, name, noise in FAMILY_LINES] + slow
     result = {"environment": report.environment(), "records": []}
     progress = report.Progress(len(cases))
     print(f"{report.describe(result['environment'])}\n{HEADER}")
@@ -52,9 +57,9 @@ def main(arguments=None):
 def count(case, device):
     """The record of a case: bytes saved for backward (x, parameters and buffers, the rest) and peak."""
     record = {
-        "contestant": case.contestant, "noise": case.noise, "shape": str(case.shape), "dtype": case.dtype,
-        "n_rows": case.shape.n_rows, "x_bytes": None, "saved_x": None, "saved_parameters": None, "saved_rest": None,
-        "peak_bytes": None, "why": None,
+        "operation": case.operation, "contestant": case.contestant, "noise": case.noise, "shape": str(case.shape),
+        "dtype": case.dtype, "n_rows": case.shape.n_rows, "x_bytes": None, "saved_x": None, "saved_parameters": None,
+        "saved_rest": None, "peak_bytes": None, "why": None,
     }  # fmt: skip
     try:
         _count(record, case, device)
@@ -65,32 +70,14 @@ def count(case, device):
 
 
 def _count(record, case, device):
-    layer = CONTESTANTS[case.contestant].build(case, make_values(case.shape.width, device), device)
-    dtype = getattr(torch, DTYPES[case.dtype])
-    shape = case.shape.samples, case.shape.rows, case.shape.width
-    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
-    dy = torch.randn(shape, device=device).to(dtype)
-    step = _step(layer, x, dy)
-    step()  # compiles; what a first call initializes is not what a call keeps
+    layer, buffers = build(case, device, 1)
+    inputs = buffers.inputs[0]
+    calls(layer, buffers)["both"]()(0)  # compiles; what a first call initializes is not what a call keeps
     names = "saved_x", "saved_parameters", "saved_rest"
-    saved = saved_bytes(layer.forward, x, [*layer.parameters.values(), *layer.buffers])
-    record |= {"x_bytes": x.numel() * x.element_size(), **dict(zip(names, saved, strict=True))}
+    saved = saved_bytes(layer.forward, inputs, [*layer.parameters.values(), *layer.buffers])
+    record |= {"x_bytes": inputs[0].numel() * inputs[0].element_size(), **dict(zip(names, saved, strict=True))}
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        record["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-
-
-def _step(layer, x, dy):
-    """One forward and backward."""
-    leaves = [x, *layer.parameters.values()]
-
-    def step():
-        outputs = layer.forward(x)
-        torch.autograd.grad(outputs, leaves, output_gradients(outputs, dy))
-
-    return step
+        record["peak_bytes"] = peak(calls(layer, buffers)["both"]())
 
 
 HEADER = (
@@ -100,6 +87,7 @@ HEADER = (
 
 def line(record):
     start = f"{record['contestant']:<14} {record['noise']:<6} {record['shape']:>10} {record['dtype']} "
+    start += "" if operation_of(record) == "layer_norm" else f"{operation_of(record)} "
     if record["why"]:
         return f"{start} FAILED: {record['why']}"
     saved = " ".join(f"{record[key]:12d}" for key in ("saved_x", "saved_parameters", "saved_rest"))

@@ -16,7 +16,7 @@ import torch
 
 from . import measure, memory, report
 from .cases import plan
-from .contestants import CONTESTANTS
+from .contestants import at_hand
 from .plots import plot
 from .targets import evaluate, lines
 from .timing import CudaClock
@@ -35,9 +35,13 @@ def main(arguments=None):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m bench.norms", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="five shapes, the peers at one of them, 1 minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="five shapes, the peers and the family at one of them, 1 minute"
+    )
     parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of results (default: bench_out)")
-    parser.add_argument("--only", default="", help="cases whose name, contestant/noise/MxN/dtype, contains this")
+    parser.add_argument(
+        "--only", default="", help="cases whose name, [operation/]contestant/noise/MxN/dtype, contains this"
+    )
     parser.add_argument("--minutes", type=float, help="stop measuring after so many (default: 20, with --quick 1)")
     parser.add_argument(
         "--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that compile"
@@ -58,17 +62,16 @@ def without_gpu(options):
     return 0
 
 
-def run(options, device, clock, contestants=CONTESTANTS):
+def run(options, device, clock):
     """Measure what the options ask for, with results on disk after every case."""
     deadline = time.monotonic() + 60 * options.minutes
-    absent = {name: why for name, c in contestants.items() if (why := c.missing())}
-    families = {name: c.family for name, c in contestants.items() if name not in absent}
+    families, absent = at_hand()
     cases = [case for case in plan(families, options.quick) if options.only in case.key]
     environment = report.environment()
     result = {"environment": environment, "copy_gbps": clock.copy_gbps(), "absent": absent, "records": []}
     print(report.describe(environment))
     for name, why in absent.items():
-        print(f"absent: {CONTESTANTS[name].label} ({why})")
+        print(f"absent: {name} ({why})")
     if device.type == "cuda":
         done = warm(measure.compile_case, cases, options.workers, WARM_SHARE * 60 * options.minutes)
         print(f"compiled {done} of {len(cases)} cases ahead")

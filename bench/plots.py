@@ -1,8 +1,8 @@
-"""One picture of a result: GB/s against N forward and backward, time over native, peak memory."""
+"""One picture of a result: GB/s against N forward and backward, time over native, peak memory; then the family."""
 
-from .cases import DTYPES, TARGET_SHAPES
-from .contestants import CONTESTANTS
-from .targets import is_target_case
+from .cases import DTYPES, FAMILY, TARGET_SHAPES, operation_of
+from .contestants import OF_OPERATION
+from .targets import is_target_case, of_operation
 
 
 def plot(result, path):
@@ -10,15 +10,18 @@ def plot(result, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 10), layout="constrained")
+    figure = Figure(figsize=(14, 16), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    records = [r for r in result["records"] if r["status"] == "ok"]
+    axes = figure.subplots(3, 2)
+    done = [r for r in result["records"] if r["status"] == "ok"]
+    records = of_operation(done, "layer_norm")
     large = [r for r in records if is_target_case(r)]
     for axis, direction in zip(axes[0], ("forward", "backward"), strict=True):
         _bandwidth(axis, large, direction, result["copy_gbps"])
     _ratio(axes[1][0], large)
     _memory(axes[1][1], records)
+    for axis, direction in zip(axes[2], ("forward", "backward"), strict=True):
+        _family(axis, done, direction, result["copy_gbps"])
     figure.suptitle(f"{result['environment']['device']}, commit {result['environment']['commit'][:12]}")
     figure.savefig(path, dpi=110)
 
@@ -32,7 +35,7 @@ def _lines(records):
 
 
 def label(record):
-    name = CONTESTANTS[record["contestant"]].label
+    name = OF_OPERATION[operation_of(record)][record["contestant"]].label
     return name if record["noise"] == "none" else f"{name}, {record['noise']}"
 
 
@@ -61,6 +64,19 @@ def _decorate(axis, title, y_label):
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=7)
+
+
+def _family(axis, records, direction, copy_gbps):
+    """A bar per operation, contestant and noise, at the most measured of the large bf16 shapes."""
+    large = [r for operation in FAMILY for r in of_operation(records, operation) if is_target_case(r)]
+    shapes = [r["shape"] for r in large]
+    chosen = [r for r in large if r["shape"] == max(shapes, key=shapes.count)][::-1]
+    axis.barh(range(len(chosen)), [r[direction]["gbps"] for r in chosen])
+    axis.set_yticks(range(len(chosen)), [f"{operation_of(r)}: {label(r)}" for r in chosen], fontsize=7)
+    axis.axvline(copy_gbps, color="black", linewidth=0.8, label="copy")
+    axis.set(title=f"the family, {direction}, {'bf16 ' + chosen[0]['shape'] if chosen else 'not measured'}")
+    axis.set_xlabel("GB/s of minimal traffic")
+    axis.legend(fontsize=7)
 
 
 def _memory(axis, records):

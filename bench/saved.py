@@ -3,8 +3,11 @@
 import torch
 
 
-def saved_bytes(forward, x, parameters):
-    """(bytes of x, of parameters, of everything else) saved for backward by `forward(x)`; each storage counts once."""
+def saved_bytes(forward, inputs, parameters):
+    """(bytes of what is normalized, of parameters, of everything else) saved for backward by `forward(*inputs)`.
+
+    What is normalized is x, or x and residual, and their sum, the output after y. Each storage counts once.
+    """
     saved = {}
 
     def pack(tensor):
@@ -13,9 +16,10 @@ def saved_bytes(forward, x, parameters):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = forward(x)
+        outputs = forward(*inputs)
     sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address}
-    of_x = sizes.pop(x.untyped_storage().data_ptr(), 0)
-    of_parameters = sum(sizes.pop(p.untyped_storage().data_ptr(), 0) for p in parameters)
-    del outputs
-    return of_x, of_parameters, sum(sizes.values())
+    normalized = [*inputs, *outputs[1 : len(inputs)]]
+    of_normalized, of_parameters = (
+        sum(sizes.pop(t.untyped_storage().data_ptr(), 0) for t in tensors) for tensors in (normalized, parameters)
+    )
+    return of_normalized, of_parameters, sum(sizes.values())

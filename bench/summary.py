@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+from .cases import name_of, operation_of
 from .report import describe
 from .targets import lines
 
@@ -51,7 +52,8 @@ def _norms(norms):
         f"copy bandwidth {norms['copy_gbps']:.0f} GB/s; absent: {', '.join(norms['absent']) or 'none'}"
     )
     for r in bad[:WORST]:
-        yield f"    {r['contestant']} {r['noise']} {r['shape']} {r['dtype']} {r['status']}: {r['why']}"[:160]
+        name = name_of(operation_of(r), r["contestant"])
+        yield f"    {name} {r['noise']} {r['shape']} {r['dtype']} {r['status']}: {r['why']}"[:160]
     targets = norms.get("targets", [])
     met, missed = ([v for v in targets if v["met"] is value] for value in (True, False))
     yield f"targets: {len(met)} met, {len(missed)} missed, {len(targets) - len(met) - len(missed)} not measured"

@@ -5,10 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-from .cases import KLNORM_NOISES
-from .contestants import CONTESTANTS
+from .cases import FAMILY, KLNORM_NOISES, LAYER_NORM, operation_of
+from .contestants import OF_OPERATION
 from .report import describe, markdown
-from .targets import is_target_case, lines, speed_ratios
+from .targets import is_target_case, lines, of_operation, speed_ratios
 
 
 def main(arguments=None):
@@ -20,16 +20,25 @@ def main(arguments=None):
 
 
 def render_memory(result):
-    """Markdown: what each contestant keeps for backward beside `x` and the parameters, at the largest bf16 shape."""
-    bf16 = [r for r in result["records"] if r["dtype"] == "bf16" and r["saved_rest"] is not None]
-    largest = [r for r in bf16 if r["x_bytes"] == max(r["x_bytes"] for r in bf16)]
-    noises = list(dict.fromkeys(r["noise"] for r in largest if r["noise"] != "none"))
+    """Markdown: what each contestant keeps for backward beside what is normalized and the parameters."""
+    counted = [r for r in result["records"] if r["dtype"] == "bf16" and r["saved_rest"] is not None]
+    tables = [_kept(of_operation(counted, operation), operation) for operation in OF_OPERATION]
+    return "\n\n".join(table for table in tables if table)
+
+
+def _kept(records, operation):
+    """Of one operation, at the largest shape; None without records."""
+    if not records:
+        return None
+    largest = [r for r in records if r["x_bytes"] == max(r["x_bytes"] for r in records)]
+    noises = list(dict.fromkeys(r["noise"] for r in largest if r["noise"] != LAYER_NORM)) or [LAYER_NORM]
     rows = []
     for name in dict.fromkeys(r["contestant"] for r in largest):
         kept = {r["noise"]: r["saved_rest"] for r in largest if r["contestant"] == name}
-        cells = (f"{kept.get(noise, kept.get('none')):,}" for noise in noises)
-        rows.append([CONTESTANTS[name].label, *cells])
-    header = f"bytes beside x ({largest[0]['x_bytes']:,}) and parameters, {largest[0]['shape']} bf16"
+        cells = (f"{kept.get(noise, kept.get(LAYER_NORM)):,}" for noise in noises)
+        rows.append([OF_OPERATION[operation][name].label, *cells])
+    what = "" if operation == "layer_norm" else f"{operation}: "
+    header = f"{what}bytes beside x ({largest[0]['x_bytes']:,}) and parameters, {largest[0]['shape']} bf16"
     return markdown([header, *(f"{noise} noise" for noise in noises)], rows)
 
 
@@ -40,9 +49,14 @@ def render(result):
         f"parameters, M x N >= 64 Mi; the copy bandwidth of the run is {result['copy_gbps']:.0f} GB/s."
     ]
     large = [r for r in result["records"] if r["status"] == "ok" and is_target_case(r)]
-    for direction in "forward", "backward":
-        parts.append(f"Share of the copy bandwidth, {direction}:\n\n{_shares(large, direction, result['copy_gbps'])}")
-    parts.append(f"How many times faster, forward and backward, batch noise with KL:\n\n{_speedups(result['records'])}")
+    for operation in "layer_norm", *dict.fromkeys(operation_of(r) for r in large if operation_of(r) in FAMILY):
+        records = of_operation(large, operation)
+        what = "" if operation == "layer_norm" else f"{operation}, "
+        for direction in "forward", "backward":
+            shares = _shares(records, direction, result["copy_gbps"])
+            parts.append(f"Share of the copy bandwidth, {what}{direction}:\n\n{shares}")
+        speedups = _speedups(records, operation)
+        parts.append(f"How many times faster, {what}forward and backward, batch noise with KL:\n\n{speedups}")
     parts.append("```\n" + "\n".join(lines(result["targets"])) + "\n```")
     return "\n\n".join(parts)
 
@@ -54,15 +68,17 @@ def _shares(records, direction, copy_gbps):
         if r["contestant"] == "klnorm"
     }
     widths = sorted({width for _, width in found})
-    rows = [[noise, *(found.get((noise, n), "") for n in widths)] for noise in KLNORM_NOISES]
+    noises = [noise for noise in (*KLNORM_NOISES, LAYER_NORM) if any((noise, n) in found for n in widths)]
+    rows = [[noise, *(found.get((noise, n), "") for n in widths)] for noise in noises]
     return markdown(["noise", *(f"N={n}" for n in widths)], rows)
 
 
-def _speedups(records):
-    ratios = {name: speed_ratios(records, name) for name in CONTESTANTS if name != "klnorm"}
+def _speedups(records, operation):
+    contestants = OF_OPERATION[operation]
+    ratios = {name: speed_ratios(records, name) for name in contestants if name != "klnorm"}
     widths = sorted({width for by_width in ratios.values() for width in by_width})
     rows = [
-        [CONTESTANTS[name].label, *(f"{1 / by_width[n]:.2f}" if n in by_width else "" for n in widths)]
+        [contestants[name].label, *(f"{1 / by_width[n]:.2f}" if n in by_width else "" for n in widths)]
         for name, by_width in ratios.items()
         if by_width
     ]

@@ -5,16 +5,25 @@ from .versions import __version__, require_versions
 require_versions()
 
 from . import functional, reference  # noqa: E402
+from .conditional import KLConditionalLayerNorm  # noqa: E402
 from .kl import kl_divergence, kl_layers  # noqa: E402
-from .modules import KLLayerNorm  # noqa: E402
+from .modules import KLLayerNorm, KLRMSNorm  # noqa: E402
 from .plots import plot_summary  # noqa: E402
 from .predict import mc_predict, sampling  # noqa: E402
-from .replace import last_norms, replace_layer_norm, restore_layer_norm  # noqa: E402
+from .replace import (  # noqa: E402
+    last_norms,
+    replace_layer_norm,
+    replace_rms_norm,
+    restore_layer_norm,
+    restore_rms_norm,
+)
 from .report import summary  # noqa: E402
 from .training import KLWeight, param_groups  # noqa: E402
 
 __all__ = [
+    "KLConditionalLayerNorm",
     "KLLayerNorm",
+    "KLRMSNorm",
     "KLWeight",
     "__version__",
     "functional",
@@ -26,7 +35,9 @@ __all__ = [
     "plot_summary",
     "reference",
     "replace_layer_norm",
+    "replace_rms_norm",
     "restore_layer_norm",
+    "restore_rms_norm",
     "sampling",
     "summary",
 ]

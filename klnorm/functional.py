@@ -5,7 +5,7 @@ import math
 import torch
 
 from . import checks, ops
-from .reference.kl_norm import draw_layout
+from .reference.kl_norm import accumulation_dtype, draw_layout
 
 
 def kl_layer_norm(
@@ -123,7 +123,7 @@ def kl_rms_norm(
     2019, arXiv 1910.07467), without a shift; everything else as in `kl_layer_norm`.
 
     Args:
-        eps: added to the mean square, > 0; the machine epsilon of the dtype of `x` if None, as in nn.RMSNorm.
+        eps: added to the mean square, > 0; the machine epsilon of fp32 (fp64 for fp64 `x`) if None, as in nn.RMSNorm.
         x, normalized_shape, weight, weight_rho, weight_prior, prior_std, noise, sample_dim, sample, seed, generator,
             posterior, residual: as for `kl_layer_norm`.
 
@@ -155,7 +155,7 @@ def normalize(
     shape = checks.as_shape(normalized_shape)
     checks.check_input(x, shape)
     checks.check_residual(residual, x)
-    eps = torch.finfo(x.dtype).eps if rms and eps is None else eps
+    eps = torch.finfo(accumulation_dtype(x)).eps if rms and eps is None else eps
     checks.check_config(prior_std, eps, noise)
     checks.check_posterior(posterior)
     groups = checks.check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior)

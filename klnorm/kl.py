@@ -6,7 +6,6 @@ import weakref
 import torch
 
 from . import checks
-from .reference.kl_norm import kl_normal
 
 
 class LastKL:
@@ -168,16 +167,17 @@ def _active_copies(wrapper):
     ]
 
 
-def closed_form(mean, rho, prior, prior_std):
-    """The KL divergence of one posterior, a scalar; of sharded parameters a DTensor, see `whole`."""
+def closed_form(divergence, parameters, prior, prior_std):
+    """The sum of divergence(*parameters, prior, prior_std), a scalar; of sharded parameters a DTensor, see `whole`."""
+    mean = parameters[0]
     if not _is_sharded(mean):
         dtype = torch.promote_types(mean.dtype, torch.float32)
-        return kl_normal(mean.to(dtype), rho.to(dtype), prior.to(dtype), prior_std).sum()
+        return divergence(*(tensor.to(dtype) for tensor in (*parameters, prior)), prior_std).sum()
     from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
     mesh, placements = mean.device_mesh, mean.placements
     prior = distribute_tensor(prior, mesh, placements, src_data_rank=None)  # every rank has all of it: nothing is sent
-    local = closed_form(mean.to_local(), rho.to_local(), prior.to_local(), prior_std)
+    local = closed_form(divergence, [p.to_local() for p in parameters], prior.to_local(), prior_std)
     of_sum = [Partial() if placement.is_shard() else placement for placement in placements]
     return DTensor.from_local(local, mesh, of_sum, run_check=False)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from . import checks
-from .modules import KLLayerNorm
+from .posterior import KLNorm
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def sampling(model):
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: `model` has no KL layer, so that every call would give the same.
+        ValueError: `model` has no KL layer that samples, so that every call would give the same.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2))).eval()
@@ -35,11 +35,11 @@ def sampling(model):
         False
     """
     checks.check_module(model)
-    layers = [module for module in model.modules() if isinstance(module, KLLayerNorm)]
+    layers = [module for module in model.modules() if isinstance(module, KLNorm) and module.posterior == "sampled"]
     if not layers:
         raise ValueError(
-            "model has no KL layer, expected at least one: nothing would be sampled. "
-            "Remedy: klnorm.replace_layer_norm(model) first."
+            'model has no KL layer with posterior="sampled", expected at least one: nothing would be sampled. '
+            "Remedy: klnorm.replace_layer_norm(model) or klnorm.replace_rms_norm(model) first."
         )
     nested = [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
     before = [layer._sampling for layer in layers]
@@ -85,7 +85,7 @@ def mc_predict(model, inputs, samples=8):
 
     Raises:
         TypeError: `model` is not an nn.Module, `samples` is not an int, or the model returns no logits.
-        ValueError: `samples` < 1, or `model` has no KL layer.
+        ValueError: `samples` < 1, or `model` has no KL layer that samples.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)))
@@ -131,7 +131,7 @@ def _evaluating(model):
         yield
     finally:
         for module in training:
-            if isinstance(module, KLLayerNorm):
+            if isinstance(module, KLNorm):
                 module.train()
             else:
                 module.training = True  # alone: train() would reach modules that were left in evaluation mode

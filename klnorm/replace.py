@@ -1,17 +1,13 @@
-"""Turn the LayerNorms of a model into KLLayerNorms, and back."""
+"""Turn the norms of a model into KL layers, and back."""
 
 import warnings
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
 from . import checks
-from .modules import KLLayerNorm
+from .candidates import LayerNorms, RMSNorms, plain_type
 
-# Classes that are no nn.LayerNorm but compute the same from the same attributes.
-_EQUIVALENTS = (("apex.normalization.fused_layer_norm", "FusedLayerNorm"),)
 _PRIORS = "current", "standard"
 
 
@@ -25,6 +21,7 @@ def replace_layer_norm(
     init_std=0.05,
     prior_std=0.1,
     generator=None,
+    posterior="sampled",
 ):
     """Turn the LayerNorms in `model` into `KLLayerNorm`s, in place.
 
@@ -41,7 +38,7 @@ def replace_layer_norm(
             of its own must compute what nn.LayerNorm does, which is tried out. Or `klnorm.last_norms(k)`.
         prior: where the prior is centred: "current" on the present weight and bias, and on those of a plain checkpoint
             loaded later, "standard" on 1 and 0.
-        noise, sample_dim, init_std, prior_std, generator: as for `KLLayerNorm`.
+        noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLLayerNorm`.
 
     Returns:
         `model`.
@@ -62,19 +59,78 @@ def replace_layer_norm(
         >>> list(klnorm.kl_layers(model))
         ['norm1', 'norm2']
     """
+    options = {
+        "prior": prior, "noise": noise, "sample_dim": sample_dim, "init_std": init_std, "prior_std": prior_std,
+        "generator": generator, "posterior": posterior,
+    }  # fmt: skip
+    return _replace(model, LayerNorms(), filter_fn, options)
+
+
+def replace_rms_norm(
+    model,
+    *,
+    filter_fn=None,
+    prior="current",
+    noise="sample",
+    sample_dim=0,
+    init_std=0.05,
+    prior_std=0.1,
+    generator=None,
+    posterior="sampled",
+):
+    """Turn the RMSNorms in `model` into KL layers, in place, whatever library they come from.
+
+    `replace_layer_norm` for RMSNorm: what is said there holds here too. An nn.RMSNorm becomes a `KLRMSNorm`. A class of
+    another library, such as LlamaRMSNorm, T5LayerNorm or GemmaRMSNorm in transformers, is told by its build (one
+    parameter `weight`, an eps, a forward that takes x alone) and by what it computes on a small input: weight * xhat or
+    (1 + weight) * xhat. Its layers get a class of their own, a subclass of the one that they had: evaluation mode is
+    the forward of that class, bit for bit. `weight`, `weight_rho` and `weight_prior` stay in the units of its weight,
+    so that checkpoints fit; in training mode the output has the dtype of the input.
+
+    Args:
+        model: any nn.Module, an RMSNorm itself included.
+        filter_fn: None: all of them. Or a function (module, qualified name) -> bool, asked for each module that is
+            built like an RMSNorm; what it chooses has to compute one. Or `klnorm.last_norms(k)`.
+        prior: where the prior is centred: "current" on the present weight, and on that of a plain checkpoint loaded
+            later, "standard" on a scale of 1.
+        noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLRMSNorm`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError, ValueError: as `replace_layer_norm`. The model is then unchanged.
+
+    Warns:
+        UserWarning: `model` has no KL layer in the place of an RMSNorm after the call.
+
+    Example:
+        >>> model = klnorm.replace_rms_norm(nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8)))
+        >>> klnorm.kl_layers(model)
+        {'1': KLRMSNorm((8,), eps=None, elementwise_affine=True, noise='sample', sample_dim=0, prior_std=0.1)}
+    """
+    options = {
+        "prior": prior, "noise": noise, "sample_dim": sample_dim, "init_std": init_std, "prior_std": prior_std,
+        "generator": generator, "posterior": posterior,
+    }  # fmt: skip
+    return _replace(model, RMSNorms(), filter_fn, options)
+
+
+def _replace(model, norms, filter_fn, options):
     checks.check_module(model)
-    checks.check_config(prior_std, 1.0, noise)
-    checks.check_positive("init_std", init_std)
-    if prior not in _PRIORS:
-        raise ValueError(f"prior is {prior!r}, expected one of {', '.join(map(repr, _PRIORS))}.")
-    chosen = _choose(model, filter_fn)
+    checks.check_config(options["prior_std"], 1.0, options["noise"])
+    checks.check_positive("init_std", options["init_std"])
+    checks.check_posterior(options["posterior"])
+    if options["prior"] not in _PRIORS:
+        raise ValueError(f"prior is {options['prior']!r}, expected one of {', '.join(map(repr, _PRIORS))}.")
+    chosen = _choose(model, norms, filter_fn)
     for name, module in chosen:
-        _check_convertible(name, module)
+        norms.check_convertible(name, module)
     for _, module in chosen:
-        module.__class__, module.normalized_shape = KLLayerNorm, tuple(module.normalized_shape)
-        module._add_posterior(noise, sample_dim, init_std, prior_std, generator, prior)
-    if not any(isinstance(module, KLLayerNorm) for module in model.modules()):
-        warnings.warn("klnorm.replace_layer_norm found no LayerNorm to replace in the model.", stacklevel=2)
+        norms.convert(module)
+        module._add_posterior(**options)
+    if not any(isinstance(module, norms.kl_classes) for module in model.modules()):
+        warnings.warn(f"klnorm found no {norms.name} to replace in the model. Remedy: {norms.remedy}.", stacklevel=3)
     return model
 
 
@@ -99,22 +155,40 @@ def restore_layer_norm(model):
         >>> type(model.norm1).__name__
         'LayerNorm'
     """
+    return _restore(model, LayerNorms())
+
+
+def restore_rms_norm(model):
+    """Turn every KL layer that stands for an RMSNorm back into the class that it had, in place; see
+    `restore_layer_norm`.
+
+    Example:
+        >>> model = klnorm.restore_rms_norm(klnorm.replace_rms_norm(nn.Sequential(nn.RMSNorm(8))))
+        >>> type(model[0]).__name__
+        'RMSNorm'
+    """
+    return _restore(model, RMSNorms())
+
+
+def _restore(model, norms):
     checks.check_module(model)
-    layers = [(name, m) for name, m in model.named_modules() if _plain_type(m) is KLLayerNorm]
+    # A subclass of somebody else's is no layer that replacing made.
+    layers = [(name, m) for name, m in model.named_modules() if "_plain_class" in vars(plain_type(m))]
+    layers = [(name, m) for name, m in layers if isinstance(m, norms.kl_classes)]
     for name, module in layers:
         if parametrize.is_parametrized(module):
-            _refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
+            norms.refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
     for _, module in layers:
         module._remove_posterior()
-        module.__class__ = nn.LayerNorm
+        module.__class__ = type(module)._plain_class
     return model
 
 
 class last_norms:
-    """A `filter_fn` for `replace_layer_norm`: the last `k` LayerNorms of the model, in the order of `named_modules()`.
+    """A `filter_fn` for `replace_layer_norm` and `replace_rms_norm`: the last `k` norms of their kind in the model.
 
-    The order is that of definition, in most models that of execution. KLLayerNorms count, so that replacing twice gives
-    the same as once.
+    The order is that of `named_modules()`, of definition, in most models that of execution. Those replaced already
+    count, so that replacing twice gives the same as once.
 
     Args:
         k: how many, >= 1.
@@ -136,97 +210,29 @@ class last_norms:
         """Those of `norms`, (name, module) in order, to replace."""
         if len(norms) < self.k:
             raise ValueError(
-                f"k is {self.k}, expected at most {len(norms)}, the number of LayerNorms with scale and shift in the "
-                "model. Remedy: a smaller k, or no filter_fn for all."
+                f"k is {self.k}, expected at most {len(norms)}, the number of norms of the kind in the model that "
+                "have a scale. Remedy: a smaller k, or no filter_fn for all."
             )
         return norms[-self.k :]
 
 
-def _choose(model, filter_fn):
+def _choose(model, norms, filter_fn):
     """(name, module) of the layers to convert."""
-    norms = [(name, m) for name, m in model.named_modules() if _is_norm(m) and getattr(m, "elementwise_affine", True)]
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, norms.kl_classes) or norms.is_norm(m)]
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             "model is wrapped by DistributedDataParallel, expected a bare one: the new parameters would not be "
             "synchronized. Remedy: replace the norms first, then wrap."
         )
     if filter_fn is None:
-        norms = [
-            (name, m) for name, m in norms if _plain_type(m) is nn.LayerNorm or _is_equivalent(m) or _is_quantized(m)
-        ]
+        found = [(name, m) for name, m in found if norms.is_default(m)]
     elif isinstance(filter_fn, last_norms):
-        norms = filter_fn.select(norms)
+        found = filter_fn.select([(name, m) for name, m in found if norms.is_counted(m)])
     elif callable(filter_fn):
-        norms = [(name, m) for name, m in norms if filter_fn(m, name)]
+        found = [(name, m) for name, m in found if filter_fn(m, name)]
     else:
         raise TypeError(
             f"filter_fn is a {type(filter_fn).__name__}, expected None, klnorm.last_norms(k) or a function (module, "
             "qualified name) -> bool."
         )
-    return [(name, m) for name, m in norms if not isinstance(m, KLLayerNorm)]
-
-
-def _is_norm(module):
-    return isinstance(module, nn.LayerNorm) or _is_equivalent(module)
-
-
-def _is_equivalent(module):
-    return (type(module).__module__, type(module).__qualname__) in _EQUIVALENTS
-
-
-def _is_quantized(module):
-    return "quantized" in type(module).__module__
-
-
-def _plain_type(module):
-    """The class of a module, also where parametrizations have put one of their own in its place."""
-    return parametrize.type_before_parametrizations(module)
-
-
-def _check_convertible(name, module):
-    """Raise unless `module` is, but for its class, an nn.LayerNorm with plain parameters."""
-    checks.check_positive("eps", module.eps)
-    if parametrize.is_parametrized(module):
-        _refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
-    if _is_quantized(module):
-        _refuse(name, "is quantized", "replace before quantizing")
-    for key in "weight", "bias":
-        value = getattr(module, key, None)
-        if value is None and key == "bias":
-            continue
-        if not isinstance(module._parameters.get(key), nn.Parameter):
-            _refuse(
-                name, f"computes its {key} (pruned, weight-normed or flattened)", "remove that first, or replace first"
-            )
-        if type(value) is not nn.Parameter or not value.is_floating_point():
-            kind = type(value.data).__name__
-            _refuse(name, f"holds its {key} as a {kind}", "replace before sharding or quantizing")
-    _check_arithmetic(name, module)
-
-
-def _check_arithmetic(name, module):
-    """Raise unless a subclass with a forward of its own computes what nn.LayerNorm does, on a small input."""
-    if _is_equivalent(module) or type(module).forward is nn.LayerNorm.forward:
-        return
-    weight, shape = module.weight, tuple(module.normalized_shape)
-    what = f"is a {type(module).__name__} with a forward of its own"
-    if weight.is_meta:
-        _refuse(name, f"{what}, which cannot be tried out on the meta device", "replace after loading")
-    x = torch.arange(3 * weight.numel(), device=weight.device).sin().reshape(3, *shape).to(weight.dtype)
-    tolerance = 32 * torch.finfo(weight.dtype).eps  # a few roundings, in whatever order
-    with torch.no_grad():
-        try:
-            same = torch.allclose(
-                module.forward(x), F.layer_norm(x, shape, weight, module.bias, module.eps), tolerance, tolerance
-            )
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            _refuse(name, f"{what}, which failed on an input of shape {tuple(x.shape)} ({error})", "leave it as it is")
-    if not same:
-        _refuse(name, f"{what}, which computes something else than nn.LayerNorm", "leave it as it is")
-
-
-def _refuse(name, what, remedy):
-    raise ValueError(
-        f"layer {name or '(the model itself)'!r} {what}, expected a LayerNorm with plain parameters. Remedy: {remedy}, "
-        "or leave it out with filter_fn."
-    )
+    return [(name, m) for name, m in found if not isinstance(m, norms.kl_classes)]

@@ -173,9 +173,9 @@ class KLWeight:
 
 
 def _count_random(model):
-    """How many scales and shifts of `model` have a posterior; each has two parameters, mean and rho."""
+    """How many posteriors the KL of `model` is a sum over."""
     checks.check_module(model, "per_parameter")
-    count = sum(p.numel() for layer in kl_layers(model).values() for p in layer.posterior_parameters()) // 2
+    count = sum(layer.count_posteriors() for layer in kl_layers(model).values())
     if not count:
         raise ValueError(
             "per_parameter is a model without KL layers, expected at least one: there is no posterior to count. "

@@ -1,0 +1,148 @@
+"""klnorm, PyTorch's own normalizations and KL-Norm as a user would write it, as layers with given values.
+
+klnorm and the eager KL-Norms take x in bf16 or fp16 beside fp32 parameters. PyTorch's own leave their fast path then,
+or refuse: their parameters have the dtype of x, which favours them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._functorch import config as functorch_config
+
+import klnorm
+from klnorm.functional import kl_layer_norm, kl_rms_norm
+
+from .cases import DTYPES
+from .eager import EagerDeterministicNorm, EagerKLNorm
+
+EPS = 1e-5
+PRIOR_STD = 0.1
+
+
+@dataclass
+class Layer:
+    """What is timed: `forward(x)`, or `forward(x, residual)`, returns (y,) or (y, sum), and the KL after it if it has
+    one; `parameters` maps names to leaf tensors.
+    """
+
+    forward: Callable
+    parameters: dict
+    buffers: tuple = ()
+
+
+def make_values(shape, device, seed=0):
+    """Initial parameters in fp32, all of them bf16 numbers, so that contestants with bf16 parameters get the same."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = {"weight": (1.0, 0.1), "bias": (0.0, 0.1), "weight_rho": (-1.0, 0.3), "bias_rho": (-1.0, 0.3)}
+    values = {k: mean + std * torch.randn(shape, generator=generator) for k, (mean, std) in spread.items()}
+    return {name: value.bfloat16().float().to(device) for name, value in values.items()}
+
+
+def dtype_of(case):
+    """The torch dtype of x."""
+    return getattr(torch, DTYPES[case.dtype])
+
+
+def with_values(module, values, device, dtype=torch.float32):
+    """The module on the device, and its parameters, which have the values of the same names."""
+    module.to(device, dtype)
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+    return module, parameters
+
+
+def plain(module, values, device, dtype=torch.float32):
+    """The layer of a module that returns y."""
+    module, parameters = with_values(module, values, device, dtype)
+    return Layer(lambda x: (module(x),), parameters)
+
+
+def unfused(build):
+    """The same after an addition of its own, where the case has a residual."""
+
+    def build_unfused(case, values, device):
+        layer = build(case, values, device)
+
+        def forward(x, residual):
+            total = x + residual
+            y, *kl = layer.forward(total)
+            return y, total, *kl
+
+        return Layer(forward, layer.parameters, layer.buffers) if case.variant.residual else layer
+
+    return build_unfused
+
+
+def compiled(build):
+    """The same under torch.compile."""
+
+    def build_compiled(case, values, device):
+        # Past a limit of recompilations torch would fall back to eager without a word: begin afresh.
+        torch._dynamo.reset()
+        # Backward is timed over and over on one graph, which donated buffers do not allow.
+        functorch_config.donated_buffer = False
+        layer = build(case, values, device)
+        return Layer(torch.compile(layer.forward, fullgraph=True, dynamic=False), layer.parameters, layer.buffers)
+
+    return build_compiled
+
+
+def build_klnorm(case, values, device):
+    """The layer a user has, klnorm.KLLayerNorm."""
+    noise = "sample" if case.noise == "eval" else case.noise
+    module = klnorm.KLLayerNorm(case.shape.width, EPS, noise=noise, prior_std=PRIOR_STD)
+    module, parameters = with_values(module, values, device)
+    if case.noise == "eval":
+        module.eval()
+        return Layer(lambda x: (module(x),), {name: parameters[name] for name in ("weight", "bias")})
+    return Layer(lambda x: (module(x), module.kl_divergence()), parameters, tuple(module.buffers()))
+
+
+def build_klnorm_functional(case, values, device):
+    """The functional form, which has every operation."""
+    variant, sampled = case.variant, case.noise in ("batch", "sample", "token")
+    function = kl_rms_norm if variant.rms else kl_layer_norm
+    means = ("weight",) if variant.rms else ("weight", "bias")
+    rhos = [f"{name}_rho" for name in means]
+    learned = [*means, *rhos] if sampled else means
+    parameters = {name: values[name].clone().requires_grad_(name in learned) for name in (*means, *rhos)}
+    options = {"prior_std": PRIOR_STD, "eps": EPS, "sample": sampled, "noise": case.noise if sampled else "batch"}
+    if variant.deterministic:
+        parameters |= dict.fromkeys(rhos)
+        options["posterior"] = "deterministic"
+
+    def forward(x, residual=None):
+        outputs = function(x, case.shape.width, **parameters, **options, residual=residual)
+        return outputs[:-1] if case.noise == "eval" else outputs
+
+    return Layer(forward, {name: parameters[name] for name in learned})
+
+
+@unfused
+def build_native(case, values, device):
+    """nn.LayerNorm, nn.RMSNorm, or with groups what adaptive layer norms do."""
+    if case.variant.groups:
+        weight, bias = (values[name].to(dtype_of(case), copy=True).requires_grad_() for name in ("weight", "bias"))
+        shape = (case.shape.width,)
+
+        def forward(x):
+            return (F.layer_norm(x, shape, eps=EPS) * weight[:, None] + bias[:, None],)
+
+        return Layer(forward, {"weight": weight, "bias": bias})
+    make = nn.RMSNorm if case.variant.rms else nn.LayerNorm
+    return plain(make(case.shape.width, EPS), values, device, dtype_of(case))
+
+
+def build_eager(case, values, device):
+    if case.variant.deterministic:
+        module, dtype = EagerDeterministicNorm(case.shape.width, EPS, prior_std=PRIOR_STD), dtype_of(case)
+    else:
+        module = EagerKLNorm(case.shape.width, EPS, case.noise, prior_std=PRIOR_STD, rms=case.variant.rms)
+        dtype = torch.float32
+    module, parameters = with_values(module, values, device, dtype)
+    return Layer(lambda x: (module(x), module.kl_divergence()), parameters)

@@ -1,0 +1,342 @@
+"""The layer whose posterior depends on its input."""
+
+import contextlib
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import checks
+from .functional import normalize
+from .kl import _is_sharded
+from .posterior import KLNorm, _nothing
+from .reference.kl_norm import accumulation_dtype
+
+# U V is 0 at first, and V like the weight of an nn.Linear.
+_LOW_RANK = {"condition_down": functools.partial(nn.init.kaiming_uniform_, a=5**0.5), "condition_up": nn.init.zeros_}
+
+
+class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
+    r"""KLLayerNorm in which every sample has a posterior of its own, a function of a summary of the sample.
+
+    .. math::
+        (\mathrm{weight}, \mathrm{weight\_rho}, \mathrm{bias}, \mathrm{bias\_rho})_g =
+        (\mathrm{weight}, \mathrm{weight\_rho}, \mathrm{bias}, \mathrm{bias\_rho}) + U V c_g
+
+    where :math:`c_g` is the condition of sample g: with condition="self" the mean of :math:`\hat x`, normalized but not
+    scaled and shifted, over the sample's rows, those of padding left out; otherwise a vector that the caller passes. U
+    is 0 in a new layer, which therefore computes what a KLLayerNorm does, draws included.
+
+    Input-conditioned scale and shift are those of FiLM (Perez et al. 2018, arXiv 1709.07871) and of the adaptive layer
+    norm of DiT (Peebles and Xie 2023, arXiv 2212.09748); here the deviations depend on the input too. It is one reading
+    of KL-Norm, after earlier work of its authors on adaptive normalization (arXiv 2012.07252), whose equations are
+    unverified here.
+
+    The KL divergence is the sum over features and the mean over the samples of the last forward in which the layer
+    sampled; of a layer that is called twice, of the second call. Until a backward has gone through that forward,
+    `klnorm.kl_divergence` is a part of its graph, with the gradients of conditions and x, and that graph stays alive.
+    Later the value is computed from that forward's conditions and the present parameters, and differentiating it
+    raises a RuntimeError where a gradient of the conditions would be missing.
+
+    Args:
+        normalized_shape: int or sequence of ints, N their product.
+        condition: "self", or the width C of the tensor that the caller passes to every forward.
+        rank: of U V, >= 1.
+        eps, bias, device, dtype, noise, init_std, prior_std, generator: as for `KLLayerNorm`.
+        sample_dim: dimension of the input that counts samples, for conditions as for noise. For another one than 0 x
+            is read through a transposed copy, the output is a transposed view, and noise="token" numbers the rows
+            sample by sample.
+
+    Shape:
+        Input (..., \*normalized_shape), fp16, bf16, fp32 or fp64, of 1 to 65535 samples with any number of rows; one of
+        exactly `normalized_shape` is a sample. Output the same, in the input's dtype. Backward saves x and no other
+        tensor of its size; the parameters of the samples are 4 N numbers for each, little where it has many rows.
+
+    Parameters:
+        weight, bias, weight_rho, bias_rho: as for `KLLayerNorm`.
+        condition_down: V, (rank, C), with C = N for condition="self".
+        condition_up: U, (4, rank, N), in the order above; (2, rank, N) with bias=False.
+    Buffers (persistent):
+        weight_prior, bias_prior: as for `KLLayerNorm`, the same for all samples.
+
+    The state of an nn.LayerNorm or a KLLayerNorm loads as well and makes the layer equal to it: U becomes 0.
+
+    Raises:
+        TypeError, ValueError: as for `KLLayerNorm`; `condition`, `rank` or `mask` is not as described; `kl_divergence`
+            before a forward that samples, or where FSDP2 has sharded the parameters again after it.
+
+    Example:
+        >>> layer = klnorm.KLConditionalLayerNorm(8)
+        >>> y = layer(torch.randn(4, 5, 8), mask=torch.tensor([[1, 1, 1, 0, 0]] * 4))
+        >>> loss = y.square().mean() + layer.kl_divergence() / 1000
+        >>> layer = klnorm.KLConditionalLayerNorm(8, condition=3, rank=2)
+        >>> y = layer(torch.randn(4, 5, 8), torch.randn(4, 3))
+        >>> layer
+        KLConditionalLayerNorm(
+          (8,), eps=1e-05, elementwise_affine=True, bias=True, noise='sample', sample_dim=0, prior_std=0.1
+          condition=3, rank=2, parameters=102: 70 more than KLLayerNorm (+219%), 86 more than nn.LayerNorm (+538%)
+        )
+    """
+
+    def __init__(
+        self,
+        normalized_shape,
+        condition="self",
+        rank=4,
+        eps=1e-5,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        noise="sample",
+        sample_dim=0,
+        init_std=0.05,
+        prior_std=0.1,
+        generator=None,
+    ):
+        if isinstance(condition, str) and condition != "self":
+            raise ValueError(f"condition is {condition!r}, expected 'self' or an int, the width of a tensor.")
+        if condition != "self":
+            checks.check_count("condition", condition)
+        checks.check_count("rank", rank)
+        super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
+        self._add_posterior(
+            noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
+            posterior="sampled",
+        )  # fmt: skip
+        self.condition, self.rank = condition, rank
+        self._last_condition = _LastCondition()
+        n, like = self.weight.numel(), {"device": device, "dtype": dtype}
+        self.condition_down = nn.Parameter(torch.empty(rank, n if condition == "self" else condition, **like))
+        self.condition_up = nn.Parameter(torch.empty(len(self.posterior_parameters()), rank, n, **like))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """As of KLLayerNorm; and the low-rank part as in a new layer."""
+        super().reset_parameters()
+        if "condition_up" in self._parameters:  # nn.LayerNorm's own constructor calls this before they exist
+            for name, initialize in _LOW_RANK.items():
+                initialize(getattr(self, name))
+
+    @KLNorm._is_hf_initialized.setter
+    def _is_hf_initialized(self, value):
+        KLNorm._is_hf_initialized.fset(self, value)
+        for name, initialize in _LOW_RANK.items():
+            if value and not getattr(getattr(self, name), "_is_hf_initialized", False):
+                initialize(getattr(self, name))
+
+    def _guard_shortcut(self, removed=False):
+        """Attach the hook for good: in evaluation, too, this layer is more than its weight and bias."""
+        if self._shortcut_guard is None:
+            self._shortcut_guard = self.register_forward_pre_hook(_nothing)
+
+    def forward(self, x, condition=None, mask=None):
+        """y, like `x`: sampled in training mode, with the means of every sample in evaluation mode.
+
+        Args:
+            x: (..., *normalized_shape).
+            condition: for a layer with a width C, (samples, C), floating point, on the device of `x`.
+            mask: for condition="self", bool or integer, in the shape of `x` without its normalized dimensions: True, or
+                not 0, for the rows that the summary is a mean of, like an attention_mask of transformers; None: all.
+                The summary of a sample without such rows is 0. The other rows are normalized all the same.
+        """
+        checks.check_input(x, self.normalized_shape)
+        dim = checks.resolve_sample_dim(x, len(self.normalized_shape), self.sample_dim)
+        alone = x.dim() == len(self.normalized_shape)
+        samples = (x.unsqueeze(0) if alone else x).movedim(dim, 0)
+        _check_samples(samples, x)
+        sampling = self.training or self._sampling
+        with _without_autocast(x.device.type):
+            if self.condition == "self":
+                _check_absent("condition", condition, self.condition)
+                _check_mask(mask, x, len(self.normalized_shape))
+                c = self._summary(samples, mask if mask is None or alone else mask.movedim(dim, 0))
+            else:
+                _check_absent("mask", mask, self.condition)
+                _check_condition(condition, (len(samples), self.condition), x)
+                c = condition.to(accumulation_dtype(x))
+            y, kl = self._normalize_samples(samples, c, sampling)
+        if sampling:
+            kept = self._last_condition.remember(c)
+            if not torch.compiler.is_compiling():
+                self._last_kl.remember(kl, kept, self._kl_inputs(), self.prior_std)
+        y = y.movedim(0, dim)
+        return y.squeeze(0) if alone else y
+
+    def _summary(self, samples, mask):
+        """Mean (samples, N) of the normalized rows of every sample, of those with a `mask` that is not 0."""
+        leading = samples.dim() - len(self.normalized_shape)
+        xhat = F.layer_norm(samples, self.normalized_shape, eps=self.eps)
+        rows = xhat.unsqueeze(leading).flatten(1, leading).flatten(2)
+        if mask is None:
+            count = max(rows.shape[1], 1)
+        else:
+            real = mask.reshape(rows.shape[:2]) != 0
+            rows, count = rows.masked_fill(~real[..., None], 0), real.sum(1, keepdim=True).clamp(min=1)
+        return rows.sum(1, dtype=accumulation_dtype(samples)) / count
+
+    def _normalize_samples(self, samples, c, sampling):
+        """(y, kl) of samples (samples, ..., *normalized_shape) under the conditions c (samples, C)."""
+        static = torch.stack([p.flatten() for p in self.posterior_parameters()]).to(c.dtype)
+        low = F.linear(c, self.condition_down.to(c.dtype))
+        each = torch.baddbmm(static[:, None], low.expand(len(static), -1, -1), self.condition_up.to(c.dtype))
+        # One sample's are passed like a KLLayerNorm's, so that its KL is the operator's own output as well, see LastKL.
+        weight, weight_rho, *shift = (p.squeeze(0) for p in each.unflatten(2, self.normalized_shape))
+        bias, bias_rho = shift or (None, None)
+        y, _, kl = normalize(
+            samples, None, self.normalized_shape, weight, bias, weight_rho, bias_rho,
+            self.weight_prior, 0.0 if self.bias_prior is None else self.bias_prior, self.prior_std, self.eps,
+            self.noise, 0, sampling, None, self.generator, "sampled",
+        )  # fmt: skip
+        return y, kl
+
+    def _kl_inputs(self):
+        return [*super()._kl_inputs(), self.condition_down, self.condition_up]
+
+    def _divergence(self):
+        last = self._last_condition
+        kl_at_hand = not (torch.compiler.is_compiling() or last.compiled)
+        kl = self._last_kl.recall(self._kl_inputs(), self.prior_std) if kl_at_hand else None
+        if kl is not None:
+            return kl.mean()
+        c = last.recall()
+        if _is_sharded(self.weight):
+            raise ValueError(
+                "the parameters of a KLConditionalLayerNorm are sharded, expected whole ones: the KL divergence is "
+                "that of every rank's own samples. Remedy: fully_shard(layer, reshard_after_forward=False)."
+            )
+        _, kl = self._normalize_samples(c.new_empty(0, *self.normalized_shape), c, sampling=False)
+        return _Spent.apply(kl.mean()) if last.spent else kl.mean()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        """Also accept the state of an nn.LayerNorm or KLLayerNorm: the layer then equals that one."""
+        if f"{prefix}weight" in state_dict and not any(f"{prefix}{name}" in state_dict for name in _LOW_RANK):
+            device = state_dict[f"{prefix}weight"].device if local_metadata.get("assign_to_params_buffers") else None
+            state_dict = dict(state_dict)
+            for name, initialize in _LOW_RANK.items():
+                state_dict[f"{prefix}{name}"] = initialize(torch.empty_like(getattr(self, name), device=device))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def extra_repr(self):
+        parameters = sum(p.numel() for p in self.parameters())
+        static = {"KLLayerNorm": len(self.condition_up), "nn.LayerNorm": len(self.condition_up) // 2}
+        more = [
+            f"{parameters - n} more than {name} ({parameters / n - 1:+.0%})"
+            for name, n in ((name, count * self.weight.numel()) for name, count in static.items())
+        ]
+        ours = f"condition={self.condition!r}, rank={self.rank}, parameters={parameters}: {', '.join(more)}"
+        return f"{super().extra_repr()}\n{ours}"
+
+
+class _LastCondition:
+    """The conditions of a layer's last forward that sampled. Copies and pickles of a layer start without.
+
+    Under torch.compile they are kept with their graph, as a KL divergence in the same compiled region needs it, and
+    nothing else of the forward can be kept.
+    """
+
+    def __init__(self):
+        self._condition = None
+        self.compiled = False  # by a forward under torch.compile
+        self.spent = False  # a KL divergence of them lacks their gradient
+
+    def remember(self, c):
+        """Keep c, (samples, C), and return what is kept."""
+        self.compiled = torch.compiler.is_compiling()
+        self.spent = not torch.is_grad_enabled() or (c.requires_grad and not self.compiled)
+        if checks.transforming():
+            self._condition = None  # a tensor of a transform does not outlive it
+        else:
+            self._condition = c.clone() if self.compiled else c.detach().clone()
+        return self._condition
+
+    def recall(self):
+        if self._condition is None:
+            raise ValueError(
+                "a KLConditionalLayerNorm has no KL divergence yet: it depends on the samples, and the layer has not "
+                "sampled for any. Remedy: call the model in training mode, or inside klnorm.sampling(model), before "
+                "klnorm.kl_divergence(model)."
+            )
+        return self._condition
+
+    def __reduce__(self):
+        return _LastCondition, ()
+
+
+class _Spent(torch.autograd.Function):
+    """A KL divergence of conditions whose graph is gone: to differentiate it must raise, as theirs would be missing."""
+
+    @staticmethod
+    def forward(ctx, kl):
+        return kl.view_as(kl)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "the KL divergence of a KLConditionalLayerNorm cannot be differentiated any more: a backward has gone "
+            "through the forward that its conditions come from, or that ran without gradients. Remedy: call "
+            "klnorm.kl_divergence after the forward and backward once; checkpoint with use_reentrant=False."
+        )
+
+
+def _without_autocast(device_type):
+    """Arithmetic is in fp32 under autocast too."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _check_samples(samples, x):
+    if len(samples) == 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected one sample or more: without any there is no mean of their KL "
+            "divergences. Remedy: leave out empty batches."
+        )
+
+
+def _check_absent(name, value, condition):
+    if value is not None:
+        needs = "an int, its width" if name == "condition" else "'self'"
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, expected None: the layer was made with condition={condition!r}. "
+            f"Remedy: leave it out, or make the layer with condition={needs}."
+        )
+
+
+def _check_mask(mask, x, n_normalized):
+    """Raise unless `mask` is None or says of every row of `x` whether it is real."""
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}, expected a bool or integer tensor.")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"mask has dtype {mask.dtype}, expected bool or an integer: True or 1 for real rows. "
+            "Remedy: mask > 0.5; of an additive mask, mask == 0."
+        )
+    expected = x.shape[: x.dim() - n_normalized]
+    if mask.shape != expected:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, expected {tuple(expected)}, one value for every row of x, shape "
+            f"{tuple(x.shape)}."
+        )
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device}, expected {x.device}, where x is. Remedy: mask.to(x.device).")
+
+
+def _check_condition(condition, shape, x):
+    """Raise unless `condition` is a floating-point tensor of that shape where `x` is."""
+    if not isinstance(condition, torch.Tensor):
+        raise TypeError(f"condition is a {type(condition).__name__}, expected a tensor (samples, C), here {shape}.")
+    if not condition.is_floating_point():
+        raise TypeError(f"condition has dtype {condition.dtype}, expected a floating dtype. Remedy: condition.float().")
+    if condition.shape != shape:
+        raise ValueError(
+            f"condition has shape {tuple(condition.shape)}, expected {shape}: a vector for every sample of x, shape "
+            f"{tuple(x.shape)}, of the width that the layer was made with."
+        )
+    if condition.device != x.device:
+        raise ValueError(
+            f"condition is on {condition.device}, expected {x.device}, where x is. Remedy: condition.to(x.device)."
+        )

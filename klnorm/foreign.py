@@ -1,0 +1,129 @@
+"""RMSNorm classes of other libraries: told by what they compute, and the KL layers that are made of them."""
+
+import functools
+import inspect
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .posterior import KLNorm
+
+
+class Convention(NamedTuple):
+    """How a class writes RMSNorm: y = (offset + weight) * xhat, and the name of its attribute with eps."""
+
+    offset: int
+    eps_name: str
+
+
+class KLForeignRMSNorm(KLNorm):
+    """Base of the KL layers that `klnorm.replace_rms_norm` makes of other classes than nn.RMSNorm.
+
+    Evaluation mode is the forward of the layer's own class. `weight`, `weight_rho` and `weight_prior` are in the units
+    of that class's weight: where it multiplies with 1 + weight, a scale of 1 is a weight and a weight_prior of 0.
+    """
+
+    _means = ("weight",)
+    _rms = True
+    bias = bias_rho = bias_prior = None
+    kernel_layer_name = None  # by which the library `kernels` would put in a forward that does not sample
+
+    def _remove_posterior(self):
+        super()._remove_posterior()
+        del self._convention
+
+    def _shape_and_eps(self):
+        return tuple(self.weight.shape), getattr(self, self._convention.eps_name)
+
+    def _standard(self, name):
+        return 1.0 - self._convention.offset
+
+    def _evaluate(self, x):
+        return super(KLNorm, self).forward(x)
+
+    def _distributions(self):
+        offset = self._convention.offset
+        if not offset:
+            return super()._distributions()
+        # 1 + weight in bf16 would lose what training changes, and all three have one dtype.
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        tensors = self.weight, self.weight_rho, self.weight_prior
+        weight, rho, prior = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+        return offset + weight, None, rho, None, None if prior is None else offset + prior, None
+
+    def __reduce_ex__(self, protocol):
+        """Copies and pickles name the layer's own class, which can be imported, and not the one made at run time."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _blank, (type(self)._plain_class,), *state
+
+
+def convert(module):
+    """Make a KL layer of `module`, in place, that has no posterior yet; restoring puts back its class."""
+    module._convention = convention(module)
+    module.__class__ = _kl_class(type(module))
+
+
+@functools.cache
+def _kl_class(plain_class):
+    """A subclass, so that what asks for the own class or its name, as transformers' initialization does, finds it."""
+    return type(f"KL{plain_class.__name__}", (KLForeignRMSNorm, plain_class), {"_plain_class": plain_class})
+
+
+def _blank(plain_class):
+    return object.__new__(_kl_class(plain_class))
+
+
+def looks_like_rms_norm(module):
+    """Whether `module` is built as an RMSNorm is: a scale `weight`, an eps, and a forward that takes x alone."""
+    if isinstance(module, (nn.LayerNorm, KLNorm)) or module._modules.keys() - {"parametrizations"}:
+        return False
+    parameters = {name for name, parameter in module._parameters.items() if parameter is not None}
+    buffers = {name for name, buffer in module._buffers.items() if buffer is not None}
+    if parameters - {"weight", "weight_orig"} or buffers - {"weight_mask"} or not _eps_names(module):
+        return False  # weight_orig and weight_mask: of a pruned norm, which is one, if not one to replace
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() == 0:
+        return False
+    return len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def _eps_names(module):
+    return [key for key, value in vars(module).items() if "eps" in key and (value is None or isinstance(value, float))]
+
+
+@torch.no_grad()
+def convention(module):
+    """The `Convention` of a module that looks like an RMSNorm; None where it computes something else.
+
+    It is tried out on small values, in fp32 and with a weight of known values: those of `module` may be on the meta
+    device, and do not tell weight * xhat from (1 + weight) * xhat where all are 0 or 1.
+    """
+    shape, device = module.weight.shape, "cpu" if module.weight.is_meta else module.weight.device
+    index = torch.arange(6 * shape.numel(), dtype=torch.float32, device=device).view(2, 3, *shape)
+    weight = 2 + index[0, 0].cos()
+    plain_class = parametrize.type_before_parametrizations(module)
+    trial = object.__new__(plain_class)
+    vars(trial).update({key: value for key, value in vars(module).items() if key != "weight"})
+    vars(trial).update(training=False, _buffers={}, _modules={}, _parameters={"weight": nn.Parameter(weight)})
+    for eps_name in _eps_names(module):
+        eps = getattr(module, eps_name)
+        # Uneven over features and not centred, and rows so small that eps shows.
+        x = (index.sin() + 0.5) * (1 + index[0, 0] / shape.numel())
+        x[:, 1:] *= abs(eps or torch.finfo(x.dtype).eps) ** 0.5
+        try:
+            y = plain_class.forward(trial, x.clone())
+        except Exception:  # of whatever kind: the class is not ours
+            return None
+        for offset in 0, 1:
+            if _close(y, F.rms_norm(x, shape, offset + weight, eps)):
+                return Convention(offset, eps_name)
+    return None
+
+
+def _close(y, expected):
+    tolerance = 32 * torch.finfo(expected.dtype).eps  # a few roundings, in whatever order
+    same_kind = isinstance(y, torch.Tensor) and y.shape == expected.shape and y.dtype == expected.dtype
+    return same_kind and torch.allclose(y, expected, tolerance, tolerance)

@@ -1,0 +1,226 @@
+"""What every KL layer has and the norm that it stands for has not: a posterior over its scale and shift."""
+
+import math
+
+import torch
+from torch import nn
+
+from . import checks
+from .functional import normalize
+from .kl import LastKL, closed_form, whole
+from .reference.kl_norm import kl_deterministic, kl_normal
+
+_SETTINGS = (
+    "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior",
+    "_last_kl", "_sampling", "_shortcut_guard",
+)  # fmt: skip
+
+
+class KLNorm(nn.Module):
+    """Base of the KL layers, put before the class of the norm itself: `class KLLayerNorm(KLNorm, nn.LayerNorm)`.
+
+    The means of the posterior are the norm's own parameters. Its deviations, `<mean>_rho`, are parameters and the prior
+    means, `<mean>_prior`, buffers; those that a reading of KL-Norm has not are None.
+    """
+
+    _means = "weight", "bias"
+    _rms = False
+
+    def _add_posterior(self, *, noise, sample_dim, init_std, prior_std, generator, posterior, prior="current"):
+        """Make a KL layer of what is the norm; `prior` as in `klnorm.replace_layer_norm`."""
+        eps = self._shape_and_eps()[1]
+        checks.check_config(prior_std, 1.0 if eps is None and self._rms else eps, noise)
+        checks.check_positive("init_std", init_std)
+        checks.check_posterior(posterior)
+        self.noise, self.sample_dim, self.generator = noise, sample_dim, generator
+        self.init_std, self.prior_std = float(init_std), float(prior_std)
+        self.posterior, self.prior = posterior, prior
+        self._last_kl = LastKL()
+        self._sampling = False  # in evaluation mode, see `klnorm.sampling`
+        self._shortcut_guard = None
+        self._guard_shortcut()
+        sampled = posterior == "sampled"
+        for name in self._means:
+            mean = getattr(self, name)
+            with_rho, with_prior = mean is not None and sampled, mean is not None and (sampled or name == "bias")
+            rho = nn.Parameter(torch.empty_like(mean), requires_grad=mean.requires_grad) if with_rho else None
+            self.register_parameter(f"{name}_rho", rho)
+            self.register_buffer(f"{name}_prior", self._prior_for(name, mean) if with_prior else None)
+        self._reset_rho()
+
+    def _remove_posterior(self):
+        """Undo `_add_posterior`; what is left is the state of the norm."""
+        for name in self._means:
+            delattr(self, f"{name}_rho")
+            delattr(self, f"{name}_prior")
+        self._guard_shortcut(removed=True)
+        for name in _SETTINGS:
+            delattr(self, name)
+
+    def _shape_and_eps(self):
+        return self.normalized_shape, self.eps
+
+    def _initial_rho(self):
+        """softplus inverted at `init_std`, in a form that holds for small and large deviations."""
+        return self.init_std + math.log(-math.expm1(-self.init_std))
+
+    def _reset_rho(self):
+        for name in self._means:
+            rho = getattr(self, f"{name}_rho")
+            if rho is not None:
+                nn.init.constant_(rho, self._initial_rho())
+
+    def _standard(self, name):
+        """The value of a new layer's mean: scale 1, shift 0."""
+        return float(name == "weight")
+
+    def _prior_for(self, name, mean):
+        """A prior mean for a posterior that starts at `mean`."""
+        mean = mean.detach()
+        return mean.clone() if self.prior == "current" else torch.full_like(mean, self._standard(name))
+
+    def reset_parameters(self):
+        """Scale and prior of the scale 1, shift and prior of the shift 0, deviations `init_std`."""
+        for name in self._means:
+            for tensor in getattr(self, name), getattr(self, f"{name}_prior", None):
+                if tensor is not None:
+                    nn.init.constant_(tensor, self._standard(name))
+        if "weight_rho" in self._parameters:  # the norm's own constructor calls this before they exist
+            self._reset_rho()
+
+    @property
+    def _is_hf_initialized(self):
+        return vars(self).get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value):
+        """transformers marks tensors that it has loaded, gives the others memory without values, initializes what it
+        knows of a norm, weight and bias, and then marks the module: the moment to initialize what it does not know.
+        """
+        vars(self)["_is_hf_initialized"] = value
+        for name in self._means:
+            mean, rho, prior = (getattr(self, key) for key in (name, f"{name}_rho", f"{name}_prior"))
+            if value and rho is not None and not getattr(rho, "_is_hf_initialized", False):
+                nn.init.constant_(rho, self._initial_rho())
+            if value and prior is not None and not getattr(prior, "_is_hf_initialized", False):
+                prior.copy_(self._prior_for(name, mean))
+
+    def train(self, mode=True):
+        """As for every module; in training mode scale and shift are sampled."""
+        super().train(mode)
+        self._guard_shortcut()
+        return self
+
+    def _set_sampling(self, sampling):
+        self._sampling = sampling
+        self._guard_shortcut()
+
+    def _guard_shortcut(self, removed=False):
+        """Attach a hook that does nothing while this layer samples.
+
+        nn.TransformerEncoderLayer in evaluation mode reads the norms' weight and bias without calling them, unless one
+        of its modules has a hook.
+        """
+        guarded = (self.training or self._sampling) and not removed
+        if guarded and self._shortcut_guard is None:
+            self._shortcut_guard = self.register_forward_pre_hook(_nothing)
+        elif not guarded and self._shortcut_guard is not None:
+            self._shortcut_guard.remove()
+            self._shortcut_guard = None
+
+    def forward(self, x):
+        """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode."""
+        if not (self.training or self._sampling):
+            return self._evaluate(x)
+        y, _, kl = self._normalize(x, sample=True)
+        if not torch.compiler.is_compiling():
+            self._last_kl.remember(kl, y, self._kl_inputs(), self.prior_std)
+        return y
+
+    def _evaluate(self, x):
+        if not getattr(x, "is_nested", False):  # which nn.TransformerEncoder passes, and F.layer_norm takes
+            checks.check_input(x, self.normalized_shape)
+        native = x.dtype == self.weight.dtype and (
+            x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)
+        )
+        if native:
+            return super().forward(x)
+        return self._normalize(x, sample=False)[0]  # torch's norm would refuse the mixed dtypes, or return fp32
+
+    def _normalize(self, x, sample):
+        shape, eps = self._shape_and_eps()
+        *parameters, weight_prior, bias_prior = self._distributions()
+        return normalize(
+            x, None, shape, *parameters,
+            0.0 if weight_prior is None else weight_prior, 0.0 if bias_prior is None else bias_prior,
+            self.prior_std, eps, self.noise, self.sample_dim, sample, None, self.generator, self.posterior, self._rms,
+        )  # fmt: skip
+
+    def _distributions(self):
+        """weight, bias, weight_rho, bias_rho, weight_prior, bias_prior of what multiplies and what is added."""
+        return self.weight, self.bias, self.weight_rho, self.bias_rho, self.weight_prior, self.bias_prior
+
+    def posterior_parameters(self):
+        """The parameters of the posterior that there are: weight, weight_rho and, with a shift, bias, bias_rho."""
+        parameters = [getattr(self, key) for name in self._means for key in (name, f"{name}_rho")]
+        return [p for p in parameters if p is not None]
+
+    def count_posteriors(self):
+        """How many Gaussians the KL is a sum over: every scale and shift or, read deterministically, every feature."""
+        means = self._means if self.posterior == "sampled" else ("weight",)
+        return sum(getattr(self, name).numel() for name in means if getattr(self, name) is not None)
+
+    def _kl_inputs(self):
+        priors = [getattr(self, f"{name}_prior") for name in self._means]
+        return [*self.posterior_parameters(), *(prior for prior in priors if prior is not None)]
+
+    def kl_divergence(self):
+        """KL divergence of this layer's posterior from its prior, a scalar in nats; see `klnorm.kl_divergence`."""
+        return whole(self._divergence()).clone()  # the caller's own, to change in place as well
+
+    def _divergence(self):
+        """The KL divergence, possibly the very tensor of the last forward, or of sharded parameters a DTensor."""
+        kl = None if torch.compiler.is_compiling() else self._last_kl.recall(self._kl_inputs(), self.prior_std)
+        if kl is not None:
+            return kl
+        weight, bias, weight_rho, bias_rho, weight_prior, bias_prior = self._distributions()
+        if self.posterior == "deterministic":
+            if bias is None:
+                bias = bias_prior = torch.zeros_like(weight)
+            return closed_form(kl_deterministic, (weight, bias), bias_prior, self.prior_std)
+        kl = closed_form(kl_normal, (weight, weight_rho), weight_prior, self.prior_std)
+        return kl if bias is None else kl + closed_form(kl_normal, (bias, bias_rho), bias_prior, self.prior_std)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        """Also accept the state of the plain norm: the loaded values become means and prior means, rho stays.
+
+        A prior that `klnorm.replace_layer_norm` centred on the standard values stays as well.
+        """
+        added = [f"{prefix}{name}_{kind}" for name in self._means for kind in ("rho", "prior")]
+        if f"{prefix}weight" in state_dict and not any(key in state_dict for key in added):
+            state_dict = dict(state_dict)
+            for name in self._means:
+                loaded = state_dict.get(f"{prefix}{name}")
+                if loaded is not None and getattr(self, f"{name}_rho") is not None:
+                    state_dict[f"{prefix}{name}_rho"] = self._rho_for(name, loaded, local_metadata)
+                if loaded is not None and getattr(self, f"{name}_prior") is not None:
+                    state_dict[f"{prefix}{name}_prior"] = self._prior_for(name, loaded)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _rho_for(self, name, loaded, local_metadata):
+        """The present rho; where tensors are assigned, like the loaded mean, and initial if it has no values."""
+        rho = getattr(self, f"{name}_rho").detach()
+        if not local_metadata.get("assign_to_params_buffers", False):
+            return rho
+        return torch.full_like(loaded, self._initial_rho()) if rho.is_meta else rho.to(loaded)
+
+    def extra_repr(self):
+        if self.posterior == "deterministic":
+            ours = f"posterior='deterministic', prior_std={self.prior_std}"
+        else:
+            ours = f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
+        return ", ".join(part for part in (super().extra_repr(), ours) if part)
+
+
+def _nothing(module, args):
+    """A forward hook."""
