@@ -35,7 +35,8 @@ def forward(
         y += _sample(b, b_rho, eps, SHIFT_STREAM)
     if noise == "merged":
         y += _merged_variance(xhat, w_rho, b_rho).sqrt() * _merged_normals(seed, xhat)
-    return y.reshape(x.shape).to(x.dtype), kl, mean, rstd
+    # .data is no view, which autograd would not let anyone change in place, as nn.ReLU(inplace=True) does.
+    return y.reshape(x.shape).to(x.dtype).data, kl, mean, rstd
 
 
 def backward(

@@ -52,21 +52,20 @@ def kl_layer_norm(
         prior_std: deviation of the prior, > 0.
         eps: added to the variance, > 0.
         noise: which rows share a draw of scale and shift: "batch" all of them, "sample" those of one index of
-        `sample_dim`,
-            "token" none.
+            `sample_dim`, "token" none.
         sample_dim: the dimension of `x` that counts samples; not a normalized one. Only for noise="sample".
         sample: False uses the means: LayerNorm.
         seed: int64 tensor of one element on the device of `x`, all 64 bits used; drawn from torch's generator if None.
-        generator: torch.Generator of the device of `x` to draw the seed from.
+        generator: torch.Generator of the device of `x` to draw the seed from; torch's own if None.
 
     Returns:
         y, like `x` in shape and dtype, contiguous; and kl, a scalar in nats, fp32 (fp64 for fp64 `x`). Both
-        differentiable once.
+        differentiable once in reverse mode, by torch.func too; torch.vmap runs one call for every index.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message says which,
-        what
-            came, what was expected and what to do. On the CPU also for a KL divergence that is not finite.
+            what came, what was expected and what to do. Also for a `generator` where activation checkpointing repeats
+            the call, and on the CPU for a KL divergence that is not finite.
 
     Example:
         >>> x, weight, bias = torch.randn(4, 5, 8), torch.ones(8), torch.zeros(8)

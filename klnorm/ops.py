@@ -20,19 +20,17 @@ from . import cpu
 from .versions import require_triton
 
 _FORWARD = """layer_norm_forward(
-    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor?
-    bias_prior,
-    Tensor? seed, float weight_prior_value, float bias_prior_value, float prior_std, float eps, SymInt draws, SymInt
-    inner
+    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho,
+    Tensor? weight_prior, Tensor? bias_prior, Tensor? seed,
+    float weight_prior_value, float bias_prior_value, float prior_std, float eps, SymInt draws, SymInt inner
 ) -> (Tensor, Tensor, Tensor, Tensor)"""
 
 # A gradient that does not exist (no shift, or dy is None) comes back as an empty tensor.
 _BACKWARD = """layer_norm_backward(
     Tensor? dy, Tensor? dkl,
-    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor?
-    bias_prior,
-    Tensor? seed, Tensor mean, Tensor rstd, float weight_prior_value, float bias_prior_value, float prior_std,
-    SymInt draws, SymInt inner
+    Tensor x, Tensor weight, Tensor? bias, Tensor weight_rho, Tensor? bias_rho,
+    Tensor? weight_prior, Tensor? bias_prior, Tensor? seed, Tensor mean, Tensor rstd,
+    float weight_prior_value, float bias_prior_value, float prior_std, SymInt draws, SymInt inner
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 _library = torch.library.Library("klnorm", "DEF")
@@ -103,9 +101,7 @@ class TransformableFunction(KLLayerNormFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        _save(ctx, inputs, mean, rstd)
+        _save(ctx, inputs, *output[2:])
 
     @staticmethod
     def backward(ctx, dy, dkl, *_):

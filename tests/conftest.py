@@ -4,6 +4,8 @@ Without a GPU the kernels run on CPU tensors in Triton's interpreter; `--device 
 """
 
 import os
+import subprocess
+import sysconfig
 
 import pytest
 import torch
@@ -34,3 +36,33 @@ def _poisoned_and_deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch.compile without what an earlier test compiled, and without leaving anything."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def _cpp_compiler(tmp_path_factory):
+    """Skip without a C++ compiler that finds what inductor's code includes; trying inductor itself takes far longer."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    source = tmp_path_factory.mktemp("probe") / "probe.cpp"
+    source.write_text("#include <Python.h>\n#include <omp.h>\n#include <cmath>\n")
+    try:
+        command = [get_cpp_compiler(), "-fsyntax-only", "-fopenmp", f"-I{sysconfig.get_path('include')}", source]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except Exception as error:
+        reason = getattr(error, "stderr", None) or str(error) or type(error).__name__
+        pytest.skip(f"inductor needs a C++ compiler with OpenMP and Python's headers: {reason.splitlines()[0]}")
+
+
+@pytest.fixture
+def inductor(_cpp_compiler, fresh_dynamo):
+    """Inductor, which is not to compile C++ for many seconds to find what the processor can do."""
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+        yield
