@@ -186,7 +186,7 @@ def check_seed(seed, x):
 
 
 def check_generator(generator, x):
-    """Raise unless `generator` is None or a torch.Generator of the kind of device that `x` is on."""
+    """Raise unless `generator` is None, or a torch.Generator for the device of `x`, in a forward that is no repeat."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
@@ -195,6 +195,12 @@ def check_generator(generator, x):
         raise ValueError(
             f"generator is for {generator.device}, expected {x.device}, where x is. "
             "Remedy: torch.Generator(device=x.device)."
+        )
+    if torch._C._current_graph_task_id() != -1:  # what torch.utils.checkpoint asks: a backward pass runs
+        raise ValueError(
+            "generator is one of your own in a forward that activation checkpointing repeats, expected None: only the "
+            "noise of torch's own generators is replayed, so the gradients would be those of other noise. "
+            "Remedy: leave generator out and use torch.manual_seed, or do not checkpoint this layer."
         )
 
 

@@ -56,7 +56,8 @@ def forward(
     xhat = centred * rstd[:, None]
     y = [_affine(xhat[part], *each) for part, *each in zip(parts[0], posteriors, parts[1], strict=True)]
     y = (y[0] if groups == 1 else torch.cat(y)).reshape(x.shape).to(x.dtype)
-    return y, None if residual is None else z, kl, mean, rstd
+    # .data is no view, which autograd would not let anyone change in place, as nn.ReLU(inplace=True) does.
+    return y.data, None if residual is None else z, kl, mean, rstd
 
 
 def backward(

@@ -66,7 +66,7 @@ def kl_layer_norm(
         sample_dim: the dimension of `x` that counts samples; not a normalized one. Only for noise="sample".
         sample: False uses the means: LayerNorm.
         seed: int64 tensor of one element on the device of `x`, all 64 bits used; drawn from torch's generator if None.
-        generator: torch.Generator of the device of `x` to draw the seed from.
+        generator: torch.Generator of the device of `x` to draw the seed from; torch's own if None.
         posterior: "sampled" or "deterministic".
         residual: None, or a tensor like `x`, of any floating dtype, that is added to it first, in one pass. What is
             normalized is the sum, rounded to the dtype of `residual`.
@@ -74,11 +74,12 @@ def kl_layer_norm(
     Returns:
         y, like `x` in shape and dtype, contiguous; and kl in nats, fp32 (fp64 for fp64 `x`), a scalar, or (G,) where
         the parameters have groups. With a residual (y, x + residual, kl), the sum in the dtype of `residual`. All
-        differentiable once.
+        differentiable once in reverse mode, by torch.func too; torch.vmap runs one call for every index.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message says which,
-            what came, what was expected and what to do. On the CPU also for a KL divergence that is not finite.
+            what came, what was expected and what to do. Also for a `generator` where activation checkpointing repeats
+            the call, and on the CPU for a KL divergence that is not finite.
 
     Example:
         >>> x, weight, bias = torch.randn(4, 5, 8), torch.ones(8), torch.zeros(8)

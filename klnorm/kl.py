@@ -68,7 +68,7 @@ def kl_divergence(model, *, check_finite=True):
     Args:
         model: any nn.Module.
         check_finite: raise for NaN or infinity, naming the layer. On CUDA this waits for the GPU; it is left out under
-            torch.compile and CUDA graph capture.
+            torch.compile, the transforms of torch.func and CUDA graph capture.
 
     Returns:
         Scalar tensor in nats, differentiable; 0 for a model without KL layers.

@@ -118,9 +118,8 @@ class TransformableFunction(KLNormFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, sum_, _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        _save(ctx, inputs, sum_, mean, rstd)
+        _, sum_, _, *statistics = output
+        _save(ctx, inputs, sum_, *statistics)
 
     @staticmethod
     def backward(ctx, dy, dsum, dkl, *_):

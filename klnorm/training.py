@@ -7,8 +7,9 @@ from torch import nn
 
 from . import checks
 from .kl import kl_divergence, kl_layers
+from .posterior import KLNorm
 
-_NORMS = nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
+_NORMS = KLNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 
 
 def param_groups(model, lr, *, rho_lr=1e-2, weight_decay=0.01):

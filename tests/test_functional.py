@@ -367,6 +367,23 @@ def test_expanded_parameters_and_cotangent(device):
     )
 
 
+@pytest.mark.parametrize("leading", [(4,), (3, 4)])
+@pytest.mark.parametrize("noise", [*NOISES, "none"])
+def test_the_output_may_be_changed_in_place(device, noise, leading):
+    """As by nn.ReLU(inplace=True) or `hidden += residual`."""
+    tensors = make(device, leading, requires_grad=True)
+    dy = torch.randn_like(tensors["x"])
+
+    def gradients(change):
+        y, kl = call(
+            tensors, seed=seed_of(5, device), noise="batch" if noise == "none" else noise, sample=noise != "none"
+        )
+        return torch.autograd.grad((change(y), kl), list(tensors.values()), (dy, kl.new_tensor(1.3)))
+
+    expected = gradients(lambda y: torch.relu(y * 2))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(lambda y: y.mul_(2).relu_()), expected, strict=True))
+
+
 @pytest.mark.parametrize("leading", [(0,), (0, 5), (4, 0)])
 @pytest.mark.parametrize("noise", [*NOISES, "none"])
 def test_no_rows_give_empty_output_and_the_exact_kl(device, noise, leading):

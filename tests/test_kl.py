@@ -333,6 +333,14 @@ def test_the_last_forward_is_used_while_a_following_layer_keeps_the_output(devic
     assert_exact(model, attached=False)  # that graph is spent
 
 
+def test_the_last_forward_is_used_for_inputs_of_any_dimension(device):
+    """A linear layer saves of (2, 5, 4) not that tensor but a view of it, which must keep that tensor."""
+    model = small_model(device)
+    loss = model(torch.stack([batch(device), batch(device)])).square().sum()
+    assert_exact(model, attached=True)
+    assert loss.requires_grad
+
+
 def test_value_and_gradient_of_the_last_forward(device):
     model = small_model(device)
     y = model(batch(device))

@@ -47,7 +47,12 @@ def test_is_an_nn_layer_norm_with_its_signature_and_the_options_of_the_design():
     theirs = list(inspect.signature(nn.LayerNorm).parameters.values())
     assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
     options = {p.name: p.default for p in ours[len(theirs) :]}
-    assert options == {"noise": "sample", "sample_dim": 0, "init_std": 0.05, "prior_std": 0.1, "generator": None,
+    assert options == {
+        "noise": "sample",
+        "sample_dim": 0,
+        "init_std": 0.05,
+        "prior_std": 0.1,
+        "generator": None,
         "posterior": "sampled",
     }
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
