@@ -109,7 +109,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         self._last_condition = _LastCondition()
         n, like = self.weight.numel(), {"device": device, "dtype": dtype}
         self.condition_down = nn.Parameter(torch.empty(rank, n if condition == "self" else condition, **like))
-        self.condition_up = nn.Parameter(torch.empty(len(self.posterior_parameters()), rank, n, **like))
+        self.condition_up = nn.Parameter(torch.empty(4 if bias else 2, rank, n, **like))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -161,8 +161,9 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
             kept = self._last_condition.remember(c)
             if not torch.compiler.is_compiling():
                 self._last_kl.remember(kl, kept, self._kl_inputs(), self.prior_std)
-        y = y.movedim(0, dim)
-        return y.squeeze(0) if alone else y
+        if alone:
+            return y.squeeze(0)
+        return y if dim == 0 else y.movedim(0, dim)
 
     def _summary(self, samples, mask):
         """Mean (samples, N) of the normalized rows of every sample, of those with a `mask` that is not 0."""
@@ -178,7 +179,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 
     def _normalize_samples(self, samples, c, sampling):
         """(y, kl) of samples (samples, ..., *normalized_shape) under the conditions c (samples, C)."""
-        static = torch.stack([p.flatten() for p in self.posterior_parameters()]).to(c.dtype)
+        static = torch.stack([p.flatten() for p in super().posterior_parameters()]).to(c.dtype)
         low = F.linear(c, self.condition_down.to(c.dtype))
         each = torch.baddbmm(static[:, None], low.expand(len(static), -1, -1), self.condition_up.to(c.dtype))
         # One sample's are passed like a KLLayerNorm's, so that its KL is the operator's own output as well, see LastKL.
@@ -191,8 +192,9 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         )  # fmt: skip
         return y, kl
 
-    def _kl_inputs(self):
-        return [*super()._kl_inputs(), self.condition_down, self.condition_up]
+    def posterior_parameters(self):
+        """The parameters of the posteriors: as of KLLayerNorm, then V and U."""
+        return [*super().posterior_parameters(), self.condition_down, self.condition_up]
 
     def _divergence(self):
         last = self._last_condition
@@ -258,7 +260,7 @@ class _LastCondition:
                 "sampled for any. Remedy: call the model in training mode, or inside klnorm.sampling(model), before "
                 "klnorm.kl_divergence(model)."
             )
-        return self._condition
+        return self._condition.clone()  # one of inference mode cannot be used in a graph
 
     def __reduce__(self):
         return _LastCondition, ()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .posterior import KLNorm
+from .posterior import KLNorm, Posterior
 
 
 class Convention(NamedTuple):
@@ -44,15 +44,17 @@ class KLForeignRMSNorm(KLNorm):
     def _evaluate(self, x):
         return super(KLNorm, self).forward(x)
 
-    def _distributions(self):
-        offset = self._convention.offset
+    def posterior_and_prior(self):
+        posterior, offset = super().posterior_and_prior(), self._convention.offset
         if not offset:
-            return super()._distributions()
-        # 1 + weight in bf16 would lose what training changes, and all three have one dtype.
+            return posterior
+        # 1 + weight in bf16 would lose what training changes, and all have one dtype.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        tensors = self.weight, self.weight_rho, self.weight_prior
-        weight, rho, prior = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
-        return offset + weight, None, rho, None, None if prior is None else offset + prior, None
+        posterior = Posterior(*(None if tensor is None else tensor.to(dtype) for tensor in posterior))
+        prior = posterior.weight_prior
+        return posterior._replace(
+            weight=offset + posterior.weight, weight_prior=None if prior is None else offset + prior
+        )
 
     def __reduce_ex__(self, protocol):
         """Copies and pickles name the layer's own class, which can be imported, and not the one made at run time."""

@@ -1,6 +1,7 @@
 """What every KL layer has and the norm that it stands for has not: a posterior over its scale and shift."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,17 @@ _SETTINGS = (
     "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior",
     "_last_kl", "_sampling", "_shortcut_guard",
 )  # fmt: skip
+
+
+class Posterior(NamedTuple):
+    """What multiplies and what is added: means, deviations before softplus, prior means; None where there is none."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    weight_rho: torch.Tensor | None
+    bias_rho: torch.Tensor | None
+    weight_prior: torch.Tensor | None
+    bias_prior: torch.Tensor | None
 
 
 class KLNorm(nn.Module):
@@ -149,16 +161,16 @@ class KLNorm(nn.Module):
 
     def _normalize(self, x, sample):
         shape, eps = self._shape_and_eps()
-        *parameters, weight_prior, bias_prior = self._distributions()
+        *parameters, weight_prior, bias_prior = self.posterior_and_prior()
         return normalize(
             x, None, shape, *parameters,
             0.0 if weight_prior is None else weight_prior, 0.0 if bias_prior is None else bias_prior,
             self.prior_std, eps, self.noise, self.sample_dim, sample, None, self.generator, self.posterior, self._rms,
         )  # fmt: skip
 
-    def _distributions(self):
-        """weight, bias, weight_rho, bias_rho, weight_prior, bias_prior of what multiplies and what is added."""
-        return self.weight, self.bias, self.weight_rho, self.bias_rho, self.weight_prior, self.bias_prior
+    def posterior_and_prior(self):
+        """The `Posterior` of scale and shift."""
+        return Posterior(*(getattr(self, name) for name in Posterior._fields))
 
     def posterior_parameters(self):
         """The parameters of the posterior that there are: weight, weight_rho and, with a shift, bias, bias_rho."""
@@ -183,7 +195,7 @@ class KLNorm(nn.Module):
         kl = None if torch.compiler.is_compiling() else self._last_kl.recall(self._kl_inputs(), self.prior_std)
         if kl is not None:
             return kl
-        weight, bias, weight_rho, bias_rho, weight_prior, bias_prior = self._distributions()
+        weight, bias, weight_rho, bias_rho, weight_prior, bias_prior = self.posterior_and_prior()
         if self.posterior == "deterministic":
             if bias is None:
                 bias = bias_prior = torch.zeros_like(weight)

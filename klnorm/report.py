@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from . import checks
 from .kl import kl_layers, whole
-from .reference.kl_norm import kl_normal
+from .reference.kl_norm import kl_deterministic, kl_normal
 
 _MEANS = {"scale": "weight", "shift": "bias"}
 _TINY = 1e-30  # a ratio to a deviation that underflows is to be a number in fp32 too, as TensorBoard keeps fp32
@@ -103,13 +103,15 @@ def _group_titles(widths):
 
 def _cells(row):
     parts = row.scale, row.shift
-    formats = {"kl": "{:,.2f}", "deviation": "{:#.3g}", "snr": "{:#.3g}", "fallen_back": "{:.1%}"}
+    formats = {"kl": _nats, "deviation": "{:#.3g}".format, "snr": "{:#.3g}".format, "fallen_back": "{:.1%}".format}
     cells = [
-        "-" if part is None else text.format(getattr(part, key)).rstrip(".")
-        for key, text in formats.items()
-        for part in parts
+        "-" if part is None else text(getattr(part, key)).rstrip(".") for key, text in formats.items() for part in parts
     ]
-    return [f"{row.scale.features:,}", f"{row.kl:,.2f}", *cells]
+    return [f"{row.scale.features:,}", _nats(row.kl), *cells]
+
+
+def _nats(kl):
+    return f"{round(kl, 2) + 0.0:,.2f}"  # + 0.0: not "-0.00", to which the floor of the deterministic reading can lead
 
 
 def summary(model, *, threshold=0.01):
@@ -121,6 +123,9 @@ def summary(model, *, threshold=0.01):
         deviation     mean over features of s = softplus(rho)
         signal/noise  median over features of |mean - prior mean| / s
         fallen back   share of features with a KL below `threshold`
+
+    A layer with posterior="deterministic" has one posterior, that of the normalized activation, whose mean is the shift
+    and whose deviation is the size of the scale; its numbers are in the columns of the scale.
 
     The signal is how far a feature has moved from its prior mean, the noise its posterior deviation: 0 where it has not
     moved; far below 1 where setting it back to its prior mean would change less than sampling does. Around a
@@ -180,10 +185,10 @@ def summary(model, *, threshold=0.01):
 def _parts(layers, threshold):
     """(name of a layer, "scale" or "shift") -> Part; the name is None for all layers together."""
     features = {
-        (name, part): _features(name, layer, mean)
+        (name, part): _features(name, layer, part)
         for part, mean in _MEANS.items()
         for name, layer in layers.items()
-        if getattr(layer, mean) is not None
+        if getattr(layer, mean) is not None and (part == "scale" or layer.posterior == "sampled")
     }
     device = next(iter(features.values())).device
     for part in _MEANS:
@@ -197,17 +202,24 @@ def _parts(layers, threshold):
     return {key: Part(features[key].shape[1], *row) for key, row in zip(features, numbers, strict=True)}
 
 
-def _features(name, layer, mean):
+def _features(name, layer, part):
     """KL, deviation and signal to noise of every feature, (3, features) in fp64."""
-    value, rho, prior = (tensor.double().flatten() for tensor in _tensors(name, layer, mean).values())
-    deviation = F.softplus(rho)
-    snr = (value - prior).abs() / deviation.clamp_min(_TINY)
-    return torch.stack([kl_normal(value, rho, prior, layer.prior_std), deviation, snr])
+    tensors = [tensor.double().flatten() for tensor in _tensors(name, layer, part).values()]
+    if layer.posterior == "deterministic":
+        weight, mean, prior = (*tensors, *[torch.zeros_like(tensors[0])] * 2)[:3]
+        deviation, kl = weight.abs(), kl_deterministic(weight, mean, prior, layer.prior_std)
+    else:
+        mean, rho, prior = tensors
+        deviation, kl = F.softplus(rho), kl_normal(mean, rho, prior, layer.prior_std)
+    return torch.stack([kl, deviation, (mean - prior).abs() / deviation.clamp_min(_TINY)])
 
 
-def _tensors(name, layer, mean):
-    """Mean, rho and prior mean of a layer by their names, gathered where they are sharded."""
-    tensors = {key: getattr(layer, key) for key in (mean, f"{mean}_rho", f"{mean}_prior")}
+def _tensors(name, layer, part):
+    """What a part's numbers are made of, by name: mean, rho and prior mean, gathered where they are sharded."""
+    mean = _MEANS[part]
+    keys = (mean, f"{mean}_rho", f"{mean}_prior") if layer.posterior == "sampled" else ("weight", "bias", "bias_prior")
+    tensors = layer.posterior_and_prior()._asdict()
+    tensors = {key: tensors[key] for key in keys if tensors[key] is not None}
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(
@@ -226,7 +238,7 @@ def _reduce(features, threshold):
 
 
 def _explain(name, layer, part):
-    what = checks.describe_not_finite(_tensors(name, layer, _MEANS[part]).items())
+    what = checks.describe_not_finite(_tensors(name, layer, part).items())
     return (
         f"the {part} of layer {_quote(name)} has values that are not finite: {what}. "
         "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."

@@ -244,6 +244,28 @@ def test_optimizer_groups_and_weight_of_the_divergence(kind):
     assert klnorm.KLWeight(per_parameter=model).value == 1 / N  # a Gaussian for every feature
 
 
+@every_kind
+def test_summary_has_one_posterior_a_layer(kind):
+    layer = deterministic(kind)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1, N + 1) * torch.tensor([1.0, -1.0]).repeat(N // 2))
+    row = klnorm.summary(nn.Sequential(layer)).layers["0"]
+    assert row.shift is None
+    assert row.scale.kl == pytest.approx(expected_kl(layer).item(), rel=1e-5)
+    assert row.scale.deviation == (N + 1) / 2
+    if kind == "layer_norm":
+        ratios = (layer.bias - layer.bias_prior).abs() / layer.weight.abs()
+        assert row.scale.snr == pytest.approx(ratios.sort().values[2:4].mean().item(), rel=1e-5)  # the median
+    else:
+        assert row.scale.snr == 0
+
+
+def test_a_summary_of_no_divergence_has_no_minus():
+    text = repr(klnorm.summary(KLLayerNorm(N, posterior="deterministic", prior_std=1.0)))
+    assert " 0.00" in text
+    assert "-0.00" not in text
+
+
 def test_both_readings_in_one_model():
     model = nn.Sequential(KLLayerNorm(N, init_std=0.5), deterministic("rms_norm")).eval()
     x = torch.randn(5, N)

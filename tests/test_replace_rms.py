@@ -167,7 +167,7 @@ def test_an_nn_rms_norm_becomes_a_kl_rms_norm(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_foreign_class_keeps_its_evaluation_bit_for_bit(device, kind, dtype):
     model = model_of(new(kind, device)).to(dtype)
-    x, y = torch.randn(3, N, device=device, dtype=dtype), None
+    x = torch.randn(3, N, device=device, dtype=dtype)
     y = model(x)
     replace_rms_norm(model)
     layer = model[0]
@@ -434,6 +434,15 @@ def test_copies_are_of_the_same_class(kind, duplicate):
     assert type(restore_rms_norm(other)) is kind
 
 
+@pytest.mark.parametrize("posterior", ["sampled", "deterministic"])
+def test_summary_has_the_divergence(posterior):
+    model = replace_rms_norm(model_of(OnePlus()), posterior=posterior)
+    row = klnorm.summary(model).layers["0"]
+    assert row.scale.kl == pytest.approx(klnorm.kl_divergence(model).item(), rel=1e-5)
+    deviation = F.softplus(model[0].weight_rho) if posterior == "sampled" else (1 + model[0].weight).abs()
+    assert row.scale.deviation == pytest.approx(deviation.mean().item(), rel=1e-5)
+
+
 def test_sampling_and_optimizer_groups_know_it():
     model = replace_rms_norm(model_of(Rms(), nn.Linear(N, 3)), init_std=0.5).eval()
     x = torch.randn(4, N)
@@ -492,7 +501,6 @@ def test_compiles_without_a_break(device, training, fresh_dynamo):
 @pytest.mark.parametrize("kind", [*FOREIGN, nn.RMSNorm])
 def test_restoring_gives_back_the_class_and_the_evaluation_bit_for_bit(kind):
     model = model_of(kind(N) if kind in (nn.RMSNorm, Subclass) else kind())
-    model[0].weight.requires_grad_(False)
     model[0].register_forward_hook(lambda *_: None)
     before, x = snapshot(model), torch.randn(3, N)
     replace_rms_norm(model)

@@ -1,0 +1,221 @@
+"""`klnorm.replace_rms_norm` with the real transformers: models whose RMSNorm classes are their own."""
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from hf_models import EAGER, TEXT, VOCABULARY, evaluated, load, output, sampled, train, transformers
+
+import klnorm
+
+DECODER = {
+    **TEXT, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+    **EAGER,
+}
+
+
+class Family(NamedTuple):
+    """A model class, its options, its norm's class, how many of them there are, and the weight of a scale of 1."""
+
+    model: type
+    options: dict
+    norm: str
+    norms: int
+    weight_of_1: float
+
+
+FAMILIES = {
+    "llama": Family(transformers.LlamaModel, DECODER, "LlamaRMSNorm", 5, 1.0),
+    "mistral": Family(transformers.MistralModel, DECODER, "MistralRMSNorm", 5, 1.0),
+    "qwen2": Family(transformers.Qwen2Model, DECODER, "Qwen2RMSNorm", 5, 1.0),
+    "qwen3": Family(transformers.Qwen3Model, DECODER, "Qwen3RMSNorm", 9, 1.0),  # queries and keys too
+    "gemma": Family(transformers.GemmaModel, DECODER, "GemmaRMSNorm", 5, 0.0),
+    "gemma2": Family(transformers.Gemma2Model, DECODER, "Gemma2RMSNorm", 9, 0.0),
+    "t5": Family(transformers.T5EncoderModel, T5, "T5LayerNorm", 5, 1.0),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def new_model(family, device="cpu", model_class=None):
+    """A model in evaluation mode, with weights of the norms as training leaves them: not all the same."""
+    model_class, options = model_class or FAMILIES[family].model, FAMILIES[family].options
+    model = model_class(model_class.config_class(**options)).to(device).eval()
+    with torch.no_grad():
+        for norm in norms(model, family).values():
+            norm.weight.add_(0.2 * torch.randn_like(norm.weight))
+    return model
+
+
+def norms(model, family):
+    """The model's norms by name, whether replaced or not."""
+    return {name: m for name, m in model.named_modules() if type(m).__name__.endswith(FAMILIES[family].norm)}
+
+
+def new_inputs(device="cpu"):
+    return {"input_ids": torch.randint(3, VOCABULARY, (3, 6), device=device)}
+
+
+def replaced_class(family, **options):
+    """A subclass of the family's model whose instances have KL layers from the start, as a user writes it."""
+
+    class KLModel(FAMILIES[family].model):
+        def __init__(self, config):
+            super().__init__(config)
+            klnorm.replace_rms_norm(self, **options)
+
+    return KLModel
+
+
+def assert_same_state(model, other):
+    state, expected = model.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    assert [key for key in state if not torch.equal(state[key], expected[key])] == []
+
+
+@every_family
+def test_replaced_trained_and_restored(device, family):
+    model, inputs = new_model(family, device), new_inputs(device)
+    plain, before, types = copy.deepcopy(model), evaluated(model, inputs), [type(m) for m in model.modules()]
+    expected = norms(model, family)
+    assert len(expected) == FAMILIES[family].norms
+    klnorm.replace_rms_norm(model)
+    layers = klnorm.kl_layers(model)
+    assert layers == expected
+    assert {type(layer).__name__ for layer in layers.values()} == {f"KL{FAMILIES[family].norm}"}
+    assert torch.equal(evaluated(model, inputs), before)
+    assert not torch.isclose(sampled(model, inputs), before).all()
+
+    losses = train(model, inputs)
+    assert losses[-1] < losses[0]
+    for name, layer in layers.items():
+        for key, start in ("weight", plain.get_submodule(name).weight), ("weight_rho", -2.9702):
+            moved = (getattr(layer, key) - start).abs()  # softplus(-2.9702) = 0.05
+            # Adam's step is its learning rate, 1e-2 here, for whatever gradient is not 0.
+            assert (moved > 1e-3).float().mean() > 0.5, f"{name}.{key}"
+
+    trained = evaluated(model, inputs)
+    assert not torch.isclose(trained, before).all()
+    klnorm.restore_rms_norm(model)
+    assert [type(m) for m in model.modules()] == types
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
+    assert torch.equal(evaluated(model, inputs), trained)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(evaluated(plain, inputs), trained)
+
+
+@every_family
+def test_gradients_reach_both_parameters(device, family):
+    model, inputs = klnorm.replace_rms_norm(new_model(family, device)), new_inputs(device)
+    torch.manual_seed(0)
+    y = output(model.train(), inputs)
+    ((y * torch.randn_like(y)).sum() + klnorm.kl_divergence(model)).backward()
+    for name, layer in klnorm.kl_layers(model).items():
+        for key, parameter in layer.named_parameters():
+            assert parameter.grad.isfinite().all(), f"{name}.{key}"
+            assert parameter.grad.all(), f"{name}.{key}"
+
+
+@every_family
+def test_saved_and_loaded(device, family, tmp_path):
+    model, inputs = klnorm.replace_rms_norm(new_model(family, device)), new_inputs(device)
+    train(model, inputs, steps=1)
+    with torch.no_grad():
+        for layer in klnorm.kl_layers(model).values():
+            layer.weight_prior.add_(0.1)
+    model.save_pretrained(tmp_path)
+    again, info = load(replaced_class(family), tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    again.to(device)
+    assert_same_state(again, model)
+    assert torch.equal(evaluated(again, inputs), evaluated(model, inputs))
+    assert torch.equal(sampled(again, inputs), sampled(model, inputs))
+    vanilla = load(FAMILIES[family].model, tmp_path).to(device)
+    assert torch.equal(evaluated(vanilla, inputs), evaluated(model, inputs))
+
+
+@every_family
+@pytest.mark.parametrize("prior", ["current", "standard"])
+def test_a_vanilla_checkpoint_in_a_class_with_kl_layers_leaves_nothing_uninitialized(device, family, prior, tmp_path):
+    plain, inputs = new_model(family, device), new_inputs(device)
+    plain.save_pretrained(tmp_path)
+    model = load(replaced_class(family, init_std=0.2, prior=prior), tmp_path).to(device)
+    assert torch.equal(evaluated(model, inputs), evaluated(plain, inputs))
+    for name, layer in klnorm.kl_layers(model).items():
+        weight = plain.get_submodule(name).weight
+        assert torch.equal(layer.weight, weight)
+        standard = torch.full_like(weight, FAMILIES[family].weight_of_1)
+        assert torch.equal(layer.weight_prior, weight if prior == "current" else standard)
+        torch.testing.assert_close(layer.weight_rho, torch.full_like(weight, 0.2).expm1().log())
+
+
+@every_family
+def test_norms_that_a_checkpoint_lacks_are_those_of_a_new_model(family, tmp_path):
+    plain = new_model(family)
+    state = {
+        key: value for key, value in plain.state_dict().items() if key.rpartition(".")[0] not in norms(plain, family)
+    }
+    plain.save_pretrained(tmp_path, state_dict=state)
+    model = load(replaced_class(family), tmp_path)
+    for layer in klnorm.kl_layers(model).values():
+        expected = torch.full_like(layer.weight, FAMILIES[family].weight_of_1)
+        assert torch.equal(layer.weight, expected)
+        assert torch.equal(layer.weight_prior, expected)
+        torch.testing.assert_close(layer.weight_rho, torch.full_like(expected, 0.05).expm1().log())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_bf16_evaluation_is_bit_for_bit_and_training_has_the_dtype(device, family):
+    model, inputs = new_model(family, device).bfloat16(), new_inputs(device)
+    before = evaluated(model, inputs)
+    klnorm.replace_rms_norm(model)
+    assert torch.equal(evaluated(model, inputs), before)
+    assert sampled(model, inputs).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
+def test_the_deterministic_reading_adds_no_parameter(device, family):
+    model, inputs = new_model(family, device), new_inputs(device)
+    before, parameters = evaluated(model, inputs), dict(model.named_parameters())
+    klnorm.replace_rms_norm(model, posterior="deterministic", prior_std=1.0)
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    # scales near 1 are 1.0 of the prior's deviation: KL of about (scale - 1)^2 each, 0.2^2 on average
+    assert 0 < klnorm.kl_divergence(model).item() / klnorm.KLWeight(per_parameter=model).value ** -1 < 0.2
+    # the operator's order of additions is another; the last norm ends in values of up to 4
+    torch.testing.assert_close(sampled(model, inputs), before, rtol=1e-4, atol=1e-4)
+    losses = train(model, inputs)
+    assert losses[-1] < losses[0]
+
+
+def test_a_layer_norm_without_bias_is_no_rms_norm():
+    """Cohere's norms subtract the mean."""
+    model = new_model("llama", model_class=transformers.CohereModel)
+    with pytest.warns(UserWarning, match="found no RMSNorm"):
+        klnorm.replace_rms_norm(model)
+    with pytest.raises(ValueError, match="is a CohereLayerNorm, which computes something else"):
+        klnorm.replace_rms_norm(model, filter_fn=lambda module, name: name == "norm")
+
+
+def test_the_norms_of_queries_and_keys_can_be_left_out():
+    model = new_model("qwen3")
+    klnorm.replace_rms_norm(model, filter_fn=lambda module, name: "self_attn" not in name)
+    assert sorted({name.rpartition(".")[2] for name in klnorm.kl_layers(model)}) == [
+        "input_layernorm", "norm", "post_attention_layernorm",
+    ]  # fmt: skip
+
+
+def test_generation_is_unchanged(device):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).to(device).eval()
+    ids = new_inputs(device)["input_ids"]
+    before = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(klnorm.replace_rms_norm(model).generate(ids, max_new_tokens=4, do_sample=False), before)
