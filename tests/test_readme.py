@@ -124,6 +124,7 @@ def test_every_block_is_run():
 @pytest.mark.parametrize(
     "module",
     [
+        "conditional",
         "functional",
         "kl",
         "modules",
