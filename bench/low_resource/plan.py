@@ -1,0 +1,113 @@
+"""What is run, in which order, and which settings the trials chose. The reasons: bench/STUDY.md."""
+
+import json
+import math
+import statistics
+from typing import NamedTuple
+
+from .arms import ARMS
+from .data import TASKS
+
+BASELINE, PRIMARY = "layer_norm", "kl_sample"
+SEEDS = range(10)
+SAMPLES = 8
+TEST = 300  # examples, at most, of every test set
+
+
+class Tuning(NamedTuple):
+    """Trials on development seeds whose choice holds for all tasks of a kind."""
+
+    tasks: tuple
+    seeds: tuple
+
+
+TUNING = {"text": Tuning(("trec",), (1000, 1001)), "speech": Tuning(("fsdd",), (1000, 1001))}
+REPORTED = "trec", "sst2", "fsdd"
+# On the longest texts, for time: the baselines that train alike, the primary arm, its ablations, the last norm alone.
+FEW_ARMS = {"sst2": ("layer_norm", "dropout", "l2_sp", "kl_sample", "kl_last", "noise_only", "kl_only")}
+
+
+class Sizes(NamedTuple):
+    """What an option of the command can make smaller or larger than planned; None: as the task has it."""
+
+    model: str
+    steps: int | None = None
+    train: int | None = None
+    test: int = TEST
+    samples: int = SAMPLES
+
+
+def kind(task):
+    return "speech" if task.speech else "text"
+
+
+def arms_for(task):
+    """Names of the arms planned for a task; two need a pretrained model, which speech has not."""
+    planned = FEW_ARMS.get(task.name, ARMS)
+    return [name for name, arm in ARMS.items() if name in planned and not (task.speech and arm.NEEDS_PRETRAINED)]
+
+
+def configuration(stage, task, arm, seed, settings, sizes):
+    """All that the numbers of a run depend on: the key of its line."""
+    return {
+        "stage": stage, "task": task.name, "arm": arm, "seed": seed, "settings": settings,
+        "model": "" if task.speech else sizes.model, "steps": sizes.steps or task.steps,
+        "train": sizes.train or task.train, "test": sizes.test, "samples": sizes.samples,
+    }  # fmt: skip
+
+
+def key(config):
+    return json.dumps(config, sort_keys=True)
+
+
+def trials(kinds, sizes):
+    """Configurations of the tuning: four settings of every arm, one development seed after the other."""
+    return [
+        configuration("tune", TASKS[name], arm, seed, settings, sizes)
+        for k in kinds
+        for seed in TUNING[k].seeds
+        for name in TUNING[k].tasks
+        for arm in arms_for(TASKS[name])
+        for settings in ARMS[arm].GRID
+    ]
+
+
+def chosen(lines, kind_, arm, sizes):
+    """The settings of an arm with the least NLL on development examples, in units of log(classes), over the trials.
+
+    None while a trial is missing.
+    """
+    found = {key(line["config"]): line["result"]["metrics"]["mean"]["dev"]["nll"] for line in lines}
+    losses = {}
+    for i, settings in enumerate(ARMS[arm].GRID):
+        runs = [
+            (TASKS[name], configuration("tune", TASKS[name], arm, seed, settings, sizes))
+            for seed in TUNING[kind_].seeds
+            for name in TUNING[kind_].tasks
+        ]
+        if not all(key(config) in found for _, config in runs):
+            return None
+        losses[i] = statistics.mean(found[key(config)] / math.log(task.classes) for task, config in runs)
+    return ARMS[arm].GRID[min(losses, key=losses.get)]
+
+
+def reporting(names, seeds, lines, sizes):
+    """Configurations of the reporting runs, a whole seed before the next, so that any part of them is balanced."""
+    tuned = [line for line in lines if line["config"]["stage"] == "tune"]
+    settings = {
+        (k, arm): chosen(tuned, k, arm, sizes)
+        for k in {kind(TASKS[name]) for name in names}
+        for arm in arms_for(TASKS[TUNING[k].tasks[0]])
+    }
+    missing = sorted(f"{k}: {arm}" for (k, arm), value in settings.items() if value is None)
+    if missing:
+        raise ValueError(
+            f"the trials of {', '.join(missing)} are not complete, expected all, with the same sizes. "
+            "Remedy: python -m bench.low_resource tune."
+        )
+    return [
+        configuration("report", TASKS[name], arm, seed, settings[kind(TASKS[name]), arm], sizes)
+        for seed in seeds
+        for name in names
+        for arm in arms_for(TASKS[name])
+    ]
