@@ -1,0 +1,101 @@
+"""Pictures of the study: differences to LayerNorm, posteriors by layer, calibration."""
+
+from .data import TASKS
+from .plan import BASELINE, PRIMARY, arms_for
+from .statistics import compare
+
+DPI = 110
+POSTERIORS = "kl_sample", "kl_token", "kl_batch"
+
+
+def draw(results, folder):
+    """Write differences.png, posteriors.png and calibration.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    for name, make in (("differences", _differences), ("posteriors", _posteriors), ("calibration", _calibration)):
+        figure = make(pyplot, results)
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+        pyplot.close(figure)
+
+
+def _differences(pyplot, results):
+    """A row of panels a task: accuracy and NLL of every arm minus the baseline's, at the means and by Monte Carlo."""
+    columns = [("accuracy", "test"), ("nll", "test"), ("accuracy", "ood"), ("nll", "ood")]
+    figure, axes = pyplot.subplots(
+        len(results.tasks), len(columns), figsize=(15, 3.6 * len(results.tasks)), squeeze=False, layout="constrained"
+    )
+    for line, task in zip(axes, results.tasks, strict=True):
+        arms = [arm for arm in arms_for(TASKS[task]) if arm != BASELINE]
+        for axis, (measure, split) in zip(line, columns, strict=True):
+            if not results.has(task, split):
+                axis.set_axis_off()
+                continue
+            axis.axvline(0, color="0.6", linewidth=1)
+            for mode, color, offset in (("mean", "#4c72b0", -0.15), ("mc", "#dd8452", 0.15)):
+                found = [
+                    compare(*(results.values(task, a, mode, split, measure) for a in (arm, BASELINE))) for arm in arms
+                ]
+                mean = [c.mean for c in found]
+                errors = [[c.mean - c.low for c in found], [c.high - c.mean for c in found]]
+                places = [i + offset for i in range(len(arms))]
+                label = "at the means" if mode == "mean" else "Monte Carlo"
+                axis.errorbar(mean, places, xerr=errors, fmt="o", color=color, markersize=4, label=label)
+            axis.set_yticks(range(len(arms)), arms)
+            axis.invert_yaxis()
+            better = "right" if measure == "accuracy" else "left"
+            axis.set_title(f"{task}, {split}: {measure} minus {BASELINE}'s (better: {better})", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def _posteriors(pyplot, results):
+    """Signal to noise of scales and shifts by layer, mean over seeds."""
+    figure, axes = pyplot.subplots(
+        1, len(results.tasks), figsize=(5 * len(results.tasks), 4.5), squeeze=False, layout="constrained"
+    )
+    for axis, task in zip(axes[0], results.tasks, strict=True):
+        for arm, color in zip(POSTERIORS, ("#4c72b0", "#dd8452", "#55a868"), strict=True):
+            if arm not in arms_for(TASKS[task]):
+                continue
+            layers = [results.runs[task, arm][seed]["layers"] for seed in results.seeds[task]]
+            for part, style, name in ((0, "-", "scale"), (1, "--", "shift")):
+                means = [sum(run[layer][part] for run in layers) / len(layers) for layer in layers[0]]
+                axis.plot(means, style, color=color, marker="o", markersize=3, label=f"{arm}, {name}")
+        axis.set_yscale("log")
+        axis.set_xlabel("norm, in the order of the model")
+        axis.set_title(f"{task}: |mean - prior mean| / deviation, median")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _calibration(pyplot, results):
+    """Accuracy against confidence, all seeds together, of the baseline and the primary arm."""
+    panels = [(task, split) for task in results.tasks for split in ("test", "ood") if results.has(task, split)]
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4 * len(panels), 4), squeeze=False, layout="constrained", sharey=True
+    )
+    for axis, (task, split) in zip(axes[0], panels, strict=True):
+        axis.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+        for arm, color in ((BASELINE, "#4c72b0"), (PRIMARY, "#dd8452")):
+            for mode, style in (("mean", "-"), ("mc", "--")):
+                points = pooled(results.values(task, arm, mode, split, "bins"))
+                label = f"{arm}, {'means' if mode == 'mean' else 'Monte Carlo'}"
+                axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3, label=label)
+        axis.set_title(f"{task}, {split}")
+        axis.set_xlabel("confidence")
+    axes[0][0].set_ylabel("accuracy")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def pooled(runs):
+    """[(confidence, accuracy)] of the bins that are not empty, over runs of [count, confidence, accuracy] bins."""
+    points = []
+    for bins in zip(*runs, strict=True):
+        count = sum(n for n, _, _ in bins)
+        if count:
+            points.append(tuple(sum(n * b[i] for n, *b in bins if n) / count for i in (0, 1)))
+    return points
