@@ -126,6 +126,20 @@ def test_the_floor_is_what_the_documentation_says():
         assert without - at_tenth == pytest.approx(5e-5, rel=0.01)
 
 
+@pytest.mark.parametrize("prior_std", [1e-30, 1e-10, 1.0, 1e10])
+def test_weights_near_zero_have_finite_gradients_under_any_prior(device, prior_std):
+    x, bias = torch.randn(*LEADING, N, device=device), torch.zeros(N, device=device)
+    weight = (torch.tensor([0.0, 1e-4, -1e-4, 1e-3, 1e-2, 1.0], device=device) * prior_std).requires_grad_()
+    _, kl = kl_layer_norm(x, N, weight, bias, None, None, posterior="deterministic", prior_std=prior_std)
+    exact = weight.detach().double().requires_grad_()
+    expected = kl_deterministic(exact, bias.double(), 0.0, prior_std).sum()
+    gradient, wanted = (torch.autograd.grad(d, w)[0].double() for d, w in ((kl, weight), (expected, exact)))
+    assert gradient[0] == 0
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=0)
+    # at weight = prior_std two terms cancel that are 1 / prior_std each
+    torch.testing.assert_close(gradient * prior_std, wanted * prior_std, rtol=1e-5, atol=1e-6)
+
+
 def test_the_deterministic_reading_draws_no_seed(device):
     x, weight, bias = randn(*LEADING, N, device=device), randn(N, device=device), randn(N, device=device)
     state = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state()
@@ -206,6 +220,14 @@ def test_the_residual_may_be_frozen_or_x(device):
     twice, total, kl = kl_layer_norm(x, N, *parameters, residual=x, seed=seed(device))
     apart, kl_apart = kl_layer_norm(2 * x, N, *parameters, seed=seed(device))
     assert_all_close(gradients((twice, total, kl), [x]), gradients((apart, 2 * x, kl_apart), [x]), device)
+
+
+def test_the_sum_is_contiguous_whatever_it_is_of(device):
+    """As compiled code takes it to be."""
+    x, residual = (torch.randn(LEADING[1], LEADING[0], N, device=device).transpose(0, 1) for _ in range(2))
+    _, total, _ = kl_layer_norm(x, N, *(torch.randn(N, device=device) for _ in range(4)), residual=residual)
+    assert total.is_contiguous()
+    assert torch.equal(total, x + residual)
 
 
 def test_backward_saves_the_sum_alone(device):
