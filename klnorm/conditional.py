@@ -37,7 +37,9 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
     sampled; of a layer that is called twice, of the second call. Until a backward has gone through that forward,
     `klnorm.kl_divergence` is a part of its graph, with the gradients of conditions and x, and that graph stays alive.
     Later the value is computed from that forward's conditions and the present parameters, and differentiating it
-    raises a RuntimeError where a gradient of the conditions would be missing.
+    raises a RuntimeError where a gradient of the conditions would be missing. As the layer keeps the conditions,
+    torch.compile(fullgraph=True) takes it inside of a checkpoint only with
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint.
 
     Args:
         normalized_shape: int or sequence of ints, N their product.
@@ -154,16 +156,19 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
                 c = self._summary(samples, mask if mask is None or alone else mask.movedim(dim, 0))
             else:
                 _check_absent("mask", mask, self.condition)
-                _check_condition(condition, (len(samples), self.condition), x)
+                _check_condition(condition, (samples.shape[0], self.condition), x)
                 c = condition.to(accumulation_dtype(x))
             y, kl = self._normalize_samples(samples, c, sampling)
+        if alone:
+            y = y.squeeze(0)
+        elif dim:
+            y = y.movedim(0, dim)
         if sampling:
-            kept = self._last_condition.remember(c)
+            # What checkpointing repeats in a backward is to be freed with its block: there y is what the KL is tied to.
+            kept = y if checks.in_backward() else self._last_condition.remember(c)
             if not torch.compiler.is_compiling():
                 self._last_kl.remember(kl, kept, self._kl_inputs(), self.prior_std)
-        if alone:
-            return y.squeeze(0)
-        return y if dim == 0 else y.movedim(0, dim)
+        return y
 
     def _summary(self, samples, mask):
         """Mean (samples, N) of the normalized rows of every sample, of those with a `mask` that is not 0."""
@@ -234,8 +239,8 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 class _LastCondition:
     """The conditions of a layer's last forward that sampled. Copies and pickles of a layer start without.
 
-    Under torch.compile they are kept with their graph, as a KL divergence in the same compiled region needs it, and
-    nothing else of the forward can be kept.
+    What checkpointing repeats does not count. Under torch.compile they are kept with their graph, as a KL divergence in
+    the same compiled region needs it, and nothing else of the forward can be kept.
     """
 
     def __init__(self):
@@ -257,8 +262,8 @@ class _LastCondition:
         if self._condition is None:
             raise ValueError(
                 "a KLConditionalLayerNorm has no KL divergence yet: it depends on the samples, and the layer has not "
-                "sampled for any. Remedy: call the model in training mode, or inside klnorm.sampling(model), before "
-                "klnorm.kl_divergence(model)."
+                "sampled for any, transforms of torch.func apart. Remedy: call the model in training mode, or inside "
+                "klnorm.sampling(model), before klnorm.kl_divergence(model)."
             )
         return self._condition.clone()  # one of inference mode cannot be used in a graph
 
@@ -277,8 +282,8 @@ class _Spent(torch.autograd.Function):
     def backward(ctx, _):
         raise RuntimeError(
             "the KL divergence of a KLConditionalLayerNorm cannot be differentiated any more: a backward has gone "
-            "through the forward that its conditions come from, or that ran without gradients. Remedy: call "
-            "klnorm.kl_divergence after the forward and backward once; checkpoint with use_reentrant=False."
+            "through the layer's last forward, or that ran without gradients. Remedy: call every layer in the forward, "
+            "klnorm.kl_divergence after it and backward once; checkpoint with use_reentrant=False."
         )
 
 
@@ -290,7 +295,7 @@ def _without_autocast(device_type):
 
 
 def _check_samples(samples, x):
-    if len(samples) == 0:
+    if samples.shape[0] == 0:  # len() would make a constant of it in torch.export
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected one sample or more: without any there is no mean of their KL "
             "divergences. Remedy: leave out empty batches."
