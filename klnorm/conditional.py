@@ -227,10 +227,10 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 
     def extra_repr(self):
         parameters = sum(p.numel() for p in self.parameters())
-        static = {"KLLayerNorm": len(self.condition_up), "nn.LayerNorm": len(self.condition_up) // 2}
+        static = parameters - self.condition_down.numel() - self.condition_up.numel()
         more = [
             f"{parameters - n} more than {name} ({parameters / n - 1:+.0%})"
-            for name, n in ((name, count * self.weight.numel()) for name, count in static.items())
+            for name, n in (("KLLayerNorm", static), ("nn.LayerNorm", static // 2))
         ]
         ours = f"condition={self.condition!r}, rank={self.rank}, parameters={parameters}: {', '.join(more)}"
         return f"{super().extra_repr()}\n{ours}"

@@ -20,7 +20,7 @@ class LastKL:
         self._forget()
 
     def remember(self, kl, output, parameters, prior_std):
-        """Keep `kl`, computed together with `output` from `parameters`; forget what was kept where it has no graph."""
+        """Keep `kl`, computed from `parameters`, while `output` lives; forget what was kept where it has no graph."""
         if not kl.requires_grad or checks.transforming():
             return self._forget()
         self._kl = kl
