@@ -190,6 +190,14 @@ def test_a_new_layer_is_the_static_one_bit_for_bit(device, shape, condition, noi
     torch.testing.assert_close(ours(x, *given), static(x), rtol=0, atol=16 * torch.finfo(torch.float32).eps)
 
 
+def test_the_noise_is_that_of_its_generator(device):
+    one, other = (trained(device=device, generator=torch.Generator(device).manual_seed(3)) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    x, given = inputs("self", device=device)
+    assert torch.equal(seeded(one, x, seed=1, **given), y := seeded(other, x, seed=2, **given))
+    assert not torch.isclose(one(x, **given), y).any()
+
+
 def test_several_normalized_dimensions(device):
     layer, flat = trained(device=device, shape=(2, 3)), trained(device=device)
     state = layer.state_dict()
@@ -283,9 +291,10 @@ def test_the_value_outlives_the_graph_and_follows_the_parameters(device, conditi
     assert torch.equal(kl_divergence(layer), value)  # evaluation changes nothing
 
 
+@pytest.mark.parametrize("samples", [4, 1])
 @pytest.mark.parametrize("differentiate", ["backward", "grad"])
-def test_a_gradient_that_would_be_incomplete_raises(device, differentiate):
-    layer, (x, given) = trained(device=device), inputs("self", device=device)
+def test_a_gradient_that_would_be_incomplete_raises(device, differentiate, samples):
+    layer, (x, given) = trained(device=device), inputs("self", (samples, 5), device)
 
     def attempt():
         kl = kl_divergence(layer)
@@ -504,6 +513,15 @@ def test_compiles_with_the_divergence_in_the_loss(device, condition, fresh_dynam
         assert_same(gradients([loss], model, *tensors), gradients([expected], model, *tensors), 1e-10)
         counts.append(len(graphs))
     assert len(set(counts)) == 1  # no compilation for other numbers of samples and rows
+
+
+def test_a_compiled_divergence_of_an_eager_forward(device, fresh_dynamo):
+    layer, (x, given) = trained(C, device), inputs(C, device=device)
+    layer(x, condition=given["condition"].detach())
+    compiled = torch.compile(kl_divergence, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(layer), kl_divergence(layer)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert_same(gradients([found], layer), gradients([expected], layer), 1e-10)
 
 
 def test_compiles_around_a_checkpoint_where_dynamo_allows_it(device, fresh_dynamo):
