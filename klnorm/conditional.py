@@ -220,9 +220,10 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         """Also accept the state of an nn.LayerNorm or KLLayerNorm: the layer then equals that one."""
         if f"{prefix}weight" in state_dict and not any(f"{prefix}{name}" in state_dict for name in _LOW_RANK):
             device = state_dict[f"{prefix}weight"].device if local_metadata.get("assign_to_params_buffers") else None
-            state_dict = dict(state_dict)
-            for name, initialize in _LOW_RANK.items():
-                state_dict[f"{prefix}{name}"] = initialize(torch.empty_like(getattr(self, name), device=device))
+            state_dict = state_dict | {
+                f"{prefix}{name}": initialize(torch.empty_like(getattr(self, name), device=device))
+                for name, initialize in _LOW_RANK.items()
+            }
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self):
@@ -239,8 +240,8 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 class _LastCondition:
     """The conditions of a layer's last forward that sampled. Copies and pickles of a layer start without.
 
-    What checkpointing repeats does not count. Under torch.compile they are kept with their graph, as a KL divergence in
-    the same compiled region needs it, and nothing else of the forward can be kept.
+    What checkpointing repeats does not count. They are kept with their graph: a KL divergence in the same compiled
+    region needs it, where nothing else of the forward can be kept.
     """
 
     def __init__(self):
@@ -252,10 +253,7 @@ class _LastCondition:
         """Keep c, (samples, C), and return what is kept."""
         self.compiled = torch.compiler.is_compiling()
         self.spent = not torch.is_grad_enabled() or (c.requires_grad and not self.compiled)
-        if checks.transforming():
-            self._condition = None  # a tensor of a transform does not outlive it
-        else:
-            self._condition = c.clone() if self.compiled else c.detach().clone()
+        self._condition = None if checks.transforming() else c.clone()  # a transform's tensors do not outlive it
         return self._condition
 
     def recall(self):

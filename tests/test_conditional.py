@@ -282,13 +282,25 @@ def test_the_value_outlives_the_graph_and_follows_the_parameters(device, conditi
     given = later(layer, x, given)
     close = {"rtol": 1e-6 if device.type == "cuda" else 1e-13, "atol": 0}
     for _ in range(2):
-        torch.testing.assert_close(kl_divergence(layer), specified(layer, x, **given)[1], **close)
+        torch.manual_seed(1)
+        value, after = kl_divergence(layer), torch.get_rng_state()
+        assert torch.equal(after, torch.manual_seed(1).get_state())  # nothing is drawn for it
+        torch.testing.assert_close(value, specified(layer, x, **given)[1], **close)
         with torch.no_grad():  # as an optimizer does
             for p in layer.parameters():
                 p.add_(torch.randn_like(p) * 0.1)
     value = kl_divergence(layer)
     layer.eval()(torch.randn_like(x), **given)
     assert torch.equal(kl_divergence(layer), value)  # evaluation changes nothing
+
+
+def test_conditions_that_the_caller_changes_later_are_kept_as_they_were(device):
+    layer, (x, given) = trained(C, device), inputs(C, device=device)
+    with torch.no_grad():
+        layer(x, **given)
+        value = kl_divergence(layer)
+        given["condition"].zero_()
+        assert torch.equal(kl_divergence(layer), value)
 
 
 @pytest.mark.parametrize("samples", [4, 1])
@@ -668,6 +680,8 @@ def test_state_goes_around(device, condition):
     assert layer.state_dict().keys() == {
         "weight", "bias", "weight_rho", "bias_rho", "weight_prior", "bias_prior", "condition_down", "condition_up",
     }  # fmt: skip
+    other.load_state_dict({}, strict=False)
+    assert torch.equal(other.condition_up, layer.condition_up)
     broken = layer.state_dict()
     del broken["condition_up"]
     with pytest.raises(RuntimeError, match="condition_up"):
@@ -762,6 +776,7 @@ def _mask(*shape, dtype=torch.bool, device="cpu"):
         ("self", {"condition": torch.zeros(4, C)}, ValueError, "condition is a Tensor, expected None.*=an int"),
         ("self", {"mask": [[True]]}, TypeError, "mask is a list, expected a bool or integer tensor"),
         ("self", {"mask": _mask(4, 5).float()}, TypeError, "mask has dtype torch.float32, expected bool.*mask == 0"),
+        ("self", {"mask": _mask(4, 5, dtype=torch.complex64)}, TypeError, "mask has dtype torch.complex64"),
         ("self", {"mask": _mask(4, 5, N)}, ValueError, r"mask has shape \(4, 5, 6\), expected \(4, 5\)"),
         ("self", {"mask": _mask(4)}, ValueError, r"mask has shape \(4,\), expected \(4, 5\)"),
         ("self", {"mask": _mask(4, 5, device="meta")}, ValueError, "mask is on meta, expected cpu"),
