@@ -127,7 +127,7 @@ def check_groups(groups, n_rows, draws, inner):
 
 
 def check_residual(residual, x):
-    """Raise unless `residual` is None or a floating-point tensor like `x`, of any floating dtype."""
+    """Raise unless `residual` is None or a tensor like `x`, of any floating dtype, but fp64 only together."""
     if residual is None:
         return
     if not isinstance(residual, torch.Tensor):
@@ -196,7 +196,7 @@ def check_generator(generator, x):
             f"generator is for {generator.device}, expected {x.device}, where x is. "
             "Remedy: torch.Generator(device=x.device)."
         )
-    if torch._C._current_graph_task_id() != -1:  # what torch.utils.checkpoint asks: a backward pass runs
+    if in_backward():
         raise ValueError(
             "generator is one of your own in a forward that activation checkpointing repeats, expected None: only the "
             "noise of torch's own generators is replayed, so the gradients would be those of other noise. "
@@ -239,6 +239,11 @@ def check_not_negative(name, value):
 def transforming():
     """Whether a transform of torch.func (grad, vmap, ...) runs, outside of torch.compile."""
     return not torch.compiler.is_compiling() and _transforms_active()
+
+
+def in_backward():
+    """Whether a backward pass runs, outside of torch.compile: a forward is then one that checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def is_readable(tensor):

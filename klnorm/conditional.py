@@ -37,7 +37,9 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
     sampled; of a layer that is called twice, of the second call. Until a backward has gone through that forward,
     `klnorm.kl_divergence` is a part of its graph, with the gradients of conditions and x, and that graph stays alive.
     Later the value is computed from that forward's conditions and the present parameters, and differentiating it
-    raises a RuntimeError where a gradient of the conditions would be missing.
+    raises a RuntimeError where a gradient of the conditions would be missing. As the layer keeps the conditions,
+    torch.compile(fullgraph=True) takes it inside of a checkpoint only with
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint.
 
     Args:
         normalized_shape: int or sequence of ints, N their product.
@@ -154,16 +156,19 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
                 c = self._summary(samples, mask if mask is None or alone else mask.movedim(dim, 0))
             else:
                 _check_absent("mask", mask, self.condition)
-                _check_condition(condition, (len(samples), self.condition), x)
+                _check_condition(condition, (samples.shape[0], self.condition), x)
                 c = condition.to(accumulation_dtype(x))
             y, kl = self._normalize_samples(samples, c, sampling)
+        if alone:
+            y = y.squeeze(0)
+        elif dim:
+            y = y.movedim(0, dim)
         if sampling:
-            kept = self._last_condition.remember(c)
+            # What checkpointing repeats in a backward is to be freed with its block: there y is what the KL is tied to.
+            kept = y if checks.in_backward() else self._last_condition.remember(c)
             if not torch.compiler.is_compiling():
                 self._last_kl.remember(kl, kept, self._kl_inputs(), self.prior_std)
-        if alone:
-            return y.squeeze(0)
-        return y if dim == 0 else y.movedim(0, dim)
+        return y
 
     def _summary(self, samples, mask):
         """Mean (samples, N) of the normalized rows of every sample, of those with a `mask` that is not 0."""
@@ -215,17 +220,18 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         """Also accept the state of an nn.LayerNorm or KLLayerNorm: the layer then equals that one."""
         if f"{prefix}weight" in state_dict and not any(f"{prefix}{name}" in state_dict for name in _LOW_RANK):
             device = state_dict[f"{prefix}weight"].device if local_metadata.get("assign_to_params_buffers") else None
-            state_dict = dict(state_dict)
-            for name, initialize in _LOW_RANK.items():
-                state_dict[f"{prefix}{name}"] = initialize(torch.empty_like(getattr(self, name), device=device))
+            state_dict = state_dict | {
+                f"{prefix}{name}": initialize(torch.empty_like(getattr(self, name), device=device))
+                for name, initialize in _LOW_RANK.items()
+            }
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self):
         parameters = sum(p.numel() for p in self.parameters())
-        static = {"KLLayerNorm": len(self.condition_up), "nn.LayerNorm": len(self.condition_up) // 2}
+        static = parameters - self.condition_down.numel() - self.condition_up.numel()
         more = [
             f"{parameters - n} more than {name} ({parameters / n - 1:+.0%})"
-            for name, n in ((name, count * self.weight.numel()) for name, count in static.items())
+            for name, n in (("KLLayerNorm", static), ("nn.LayerNorm", static // 2))
         ]
         ours = f"condition={self.condition!r}, rank={self.rank}, parameters={parameters}: {', '.join(more)}"
         return f"{super().extra_repr()}\n{ours}"
@@ -234,8 +240,8 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 class _LastCondition:
     """The conditions of a layer's last forward that sampled. Copies and pickles of a layer start without.
 
-    Under torch.compile they are kept with their graph, as a KL divergence in the same compiled region needs it, and
-    nothing else of the forward can be kept.
+    What checkpointing repeats does not count. They are kept with their graph: a KL divergence in the same compiled
+    region needs it, where nothing else of the forward can be kept.
     """
 
     def __init__(self):
@@ -247,18 +253,15 @@ class _LastCondition:
         """Keep c, (samples, C), and return what is kept."""
         self.compiled = torch.compiler.is_compiling()
         self.spent = not torch.is_grad_enabled() or (c.requires_grad and not self.compiled)
-        if checks.transforming():
-            self._condition = None  # a tensor of a transform does not outlive it
-        else:
-            self._condition = c.clone() if self.compiled else c.detach().clone()
+        self._condition = None if checks.transforming() else c.clone()  # a transform's tensors do not outlive it
         return self._condition
 
     def recall(self):
         if self._condition is None:
             raise ValueError(
                 "a KLConditionalLayerNorm has no KL divergence yet: it depends on the samples, and the layer has not "
-                "sampled for any. Remedy: call the model in training mode, or inside klnorm.sampling(model), before "
-                "klnorm.kl_divergence(model)."
+                "sampled for any, transforms of torch.func apart. Remedy: call the model in training mode, or inside "
+                "klnorm.sampling(model), before klnorm.kl_divergence(model)."
             )
         return self._condition.clone()  # one of inference mode cannot be used in a graph
 
@@ -277,8 +280,8 @@ class _Spent(torch.autograd.Function):
     def backward(ctx, _):
         raise RuntimeError(
             "the KL divergence of a KLConditionalLayerNorm cannot be differentiated any more: a backward has gone "
-            "through the forward that its conditions come from, or that ran without gradients. Remedy: call "
-            "klnorm.kl_divergence after the forward and backward once; checkpoint with use_reentrant=False."
+            "through the layer's last forward, or that ran without gradients. Remedy: call every layer in the forward, "
+            "klnorm.kl_divergence after it and backward once; checkpoint with use_reentrant=False."
         )
 
 
@@ -290,7 +293,7 @@ def _without_autocast(device_type):
 
 
 def _check_samples(samples, x):
-    if len(samples) == 0:
+    if samples.shape[0] == 0:  # len() would make a constant of it in torch.export
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected one sample or more: without any there is no mean of their KL "
             "divergences. Remedy: leave out empty batches."

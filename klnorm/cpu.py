@@ -41,7 +41,7 @@ def forward(
 ):  # fmt: skip
     """(y, sum, kl, mean, rstd); the arguments are those of the operator in `klnorm.ops`."""
     acc = accumulation_dtype(x)
-    z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype)
+    z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype).contiguous()
     posteriors = _posteriors(acc, groups, weight, bias, weight_rho, bias_rho)
     priors = _priors(acc, weight_prior, bias_prior, weight_prior_value, bias_prior_value)
     kl = [_kl(posterior, priors, prior_std) for posterior in posteriors]
@@ -220,7 +220,8 @@ def _parameter_gradients(posterior, priors, prior_std, dw, ds, db, dt, dkl):
     w, b, w_rho, b_rho = posterior
     if w_rho is None:
         if dkl is not None:
-            dw = dw + dkl * (w / prior_std**2 - w / (w**2 + (FLOOR * prior_std) ** 2))
+            ratio = w / prior_std
+            dw = dw + dkl * (ratio - ratio / (ratio**2 + FLOOR**2)) / prior_std
             db = db if b is None else db + dkl * (b - priors[1]) / prior_std**2
         return dw, db, None, None
     dw, dw_rho = _gaussian_gradients(w, w_rho, priors[0], prior_std, dw, ds, dkl)

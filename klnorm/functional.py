@@ -45,7 +45,7 @@ def kl_layer_norm(
     :math:`y_j \sim N(\mathrm{bias}_j, \mathrm{weight}_j^2)`. y is LayerNorm's, there are no deviations, and
     :math:`\mathrm{kl} = \sum_j \mathrm{KL}(N(\mathrm{bias}_j, \mathrm{weight}_j^2) \| N(\mathrm{bias\_prior}_j,
     \mathrm{prior\_std}^2))`, where the logarithm takes :math:`\sqrt{\mathrm{weight}^2 + (\mathrm{prior\_std} /
-    1000)^2}` for :math:`|\mathrm{weight}|`, so that a weight of 0 costs log 1000 nats and not infinitely many.
+    1000)^2}` for :math:`|\mathrm{weight}|`, so that a weight of 0 costs log 1000 - 1/2 nats and not infinitely many.
 
     Args:
         x: (..., \*normalized_shape), floating point; read in place where rows of adjacent features have one stride,
@@ -68,13 +68,14 @@ def kl_layer_norm(
         seed: int64 tensor of one element on the device of `x`, all 64 bits used; drawn from torch's generator if None.
         generator: torch.Generator of the device of `x` to draw the seed from; torch's own if None.
         posterior: "sampled" or "deterministic".
-        residual: None, or a tensor like `x`, of any floating dtype, that is added to it first, in one pass. What is
-            normalized is the sum, rounded to the dtype of `residual`.
+        residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), that is added to it
+            first, in one pass. What is normalized is the sum, rounded to the dtype of `residual`.
 
     Returns:
         y, like `x` in shape and dtype, contiguous; and kl in nats, fp32 (fp64 for fp64 `x`), a scalar, or (G,) where
-        the parameters have groups. With a residual (y, x + residual, kl), the sum in the dtype of `residual`. All
-        differentiable once in reverse mode, by torch.func too; torch.vmap runs one call for every index.
+        the parameters have groups. With a residual (y, x + residual, kl), the sum in the dtype of `residual`,
+        contiguous. All differentiable once in reverse mode, by torch.func too; torch.vmap runs one call for every
+        index.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message says which,

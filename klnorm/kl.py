@@ -20,7 +20,7 @@ class LastKL:
         self._forget()
 
     def remember(self, kl, output, parameters, prior_std):
-        """Keep `kl`, computed together with `output` from `parameters`; forget what was kept where it has no graph."""
+        """Keep `kl`, computed from `parameters`, while `output` lives; forget what was kept where it has no graph."""
         if not kl.requires_grad or checks.transforming():
             return self._forget()
         self._kl = kl
@@ -57,7 +57,8 @@ def kl_divergence(model, *, check_finite=True):
     Taken from a layer's last forward where that is still part of a graph, which costs nothing extra; in closed form
     from the parameters otherwise (no forward yet, evaluation, after `backward()` or `optimizer.step()`, under
     torch.compile). The value and the gradient are the same. Add it to the loss and call backward once, as it shares the
-    outputs' graph. It counts the layers of `kl_layers(model)`.
+    outputs' graph. It counts the layers of `kl_layers(model)`; a KLConditionalLayerNorm, in which every sample has a
+    posterior, with the mean over the samples of its last forward, see there.
 
     Of a model sharded by FSDP2 it is the whole value on every rank, at the cost of one all-reduce: every rank has to
     call it, after the forward. It is taken of the sharded parameters, in fp32 under a mixed precision policy too; but
@@ -75,7 +76,7 @@ def kl_divergence(model, *, check_finite=True):
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: the divergence of a layer is not finite.
+        ValueError: the divergence of a layer is not finite, or a KLConditionalLayerNorm has not sampled yet.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))

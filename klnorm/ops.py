@@ -104,9 +104,9 @@ class KLNormFunction(torch.autograd.Function):
         ctx.consumed = True  # tells klnorm.kl that this graph is spent
         gradients = _GradientsOnce.apply if torch.is_grad_enabled() else _gradients
         dx, dresidual, *rest = gradients(dy, dsum, dkl, *ctx.saved_tensors, *ctx.numbers)
-        if ctx.has_residual:
+        if ctx.has_residual:  # autograd casts dsum to the dtype of x
             dx, dresidual = (dsum, dsum) if dy is None else (dx, dx if dresidual is None else dresidual)
-        return dx if dx is None else dx.to(ctx.x_dtype), dresidual, *rest, *[None] * 11
+        return dx, dresidual, *rest, *[None] * 11
 
 
 class TransformableFunction(KLNormFunction):
@@ -140,7 +140,7 @@ class TransformableFunction(KLNormFunction):
 def _save(ctx, inputs, sum_, mean, rstd):
     (x, residual, *parameters), numbers = inputs[:_TENSORS], inputs[_TENSORS:]
     weight_prior_value, bias_prior_value, prior_std, _, draws, inner, groups, rms = numbers
-    ctx.has_residual, ctx.x_dtype = residual is not None, x.dtype
+    ctx.has_residual = residual is not None
     ctx.save_for_backward(sum_ if ctx.has_residual else x, *parameters, None if rms else mean, rstd)
     ctx.numbers = weight_prior_value, bias_prior_value, prior_std, draws, inner, groups
     ctx.set_materialize_grads(False)

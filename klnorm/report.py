@@ -125,7 +125,8 @@ def summary(model, *, threshold=0.01):
         fallen back   share of features with a KL below `threshold`
 
     A layer with posterior="deterministic" has one posterior, that of the normalized activation, whose mean is the shift
-    and whose deviation is the size of the scale; its numbers are in the columns of the scale.
+    and whose deviation is the size of the scale; its numbers are in the columns of the scale. Of a
+    KLConditionalLayerNorm it is the static posterior, that of a sample whose condition is 0.
 
     The signal is how far a feature has moved from its prior mean, the noise its posterior deviation: 0 where it has not
     moved; far below 1 where setting it back to its prior mean would change less than sampling does. Around a

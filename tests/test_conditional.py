@@ -190,6 +190,14 @@ def test_a_new_layer_is_the_static_one_bit_for_bit(device, shape, condition, noi
     torch.testing.assert_close(ours(x, *given), static(x), rtol=0, atol=16 * torch.finfo(torch.float32).eps)
 
 
+def test_the_noise_is_that_of_its_generator(device):
+    one, other = (trained(device=device, generator=torch.Generator(device).manual_seed(3)) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    x, given = inputs("self", device=device)
+    assert torch.equal(seeded(one, x, seed=1, **given), y := seeded(other, x, seed=2, **given))
+    assert not torch.isclose(one(x, **given), y).any()
+
+
 def test_several_normalized_dimensions(device):
     layer, flat = trained(device=device, shape=(2, 3)), trained(device=device)
     state = layer.state_dict()
@@ -274,7 +282,10 @@ def test_the_value_outlives_the_graph_and_follows_the_parameters(device, conditi
     given = later(layer, x, given)
     close = {"rtol": 1e-6 if device.type == "cuda" else 1e-13, "atol": 0}
     for _ in range(2):
-        torch.testing.assert_close(kl_divergence(layer), specified(layer, x, **given)[1], **close)
+        torch.manual_seed(1)
+        value, after = kl_divergence(layer), torch.get_rng_state()
+        assert torch.equal(after, torch.manual_seed(1).get_state())  # nothing is drawn for it
+        torch.testing.assert_close(value, specified(layer, x, **given)[1], **close)
         with torch.no_grad():  # as an optimizer does
             for p in layer.parameters():
                 p.add_(torch.randn_like(p) * 0.1)
@@ -283,14 +294,24 @@ def test_the_value_outlives_the_graph_and_follows_the_parameters(device, conditi
     assert torch.equal(kl_divergence(layer), value)  # evaluation changes nothing
 
 
+def test_conditions_that_the_caller_changes_later_are_kept_as_they_were(device):
+    layer, (x, given) = trained(C, device), inputs(C, device=device)
+    with torch.no_grad():
+        layer(x, **given)
+        value = kl_divergence(layer)
+        given["condition"].zero_()
+        assert torch.equal(kl_divergence(layer), value)
+
+
+@pytest.mark.parametrize("samples", [4, 1])
 @pytest.mark.parametrize("differentiate", ["backward", "grad"])
-def test_a_gradient_that_would_be_incomplete_raises(device, differentiate):
-    layer, (x, given) = trained(device=device), inputs("self", device=device)
+def test_a_gradient_that_would_be_incomplete_raises(device, differentiate, samples):
+    layer, (x, given) = trained(device=device), inputs("self", (samples, 5), device)
 
     def attempt():
         kl = kl_divergence(layer)
         with pytest.raises(
-            RuntimeError, match=r"cannot be differentiated any more.*Remedy: call klnorm\.kl_divergence"
+            RuntimeError, match=r"cannot be differentiated any more.*Remedy: call every layer in the forward"
         ):
             kl.backward() if differentiate == "backward" else torch.autograd.grad(kl, layer.posterior_parameters())
 
@@ -453,6 +474,40 @@ def test_checkpointing_keeps_the_gradients(device, condition):
         (checkpoint(block, x, use_reentrant=True).sum() + kl_divergence(model)).backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_whole_loss(device, reentrant):
+    """The divergence is then computed in the repetition too, from another forward."""
+    model, (x, given) = Model("self", device), inputs("self", device=device)
+    expected = gradients([seeded(loss_of, model, x, **given)], model, x)
+    torch.manual_seed(0)
+    checkpoint(lambda x: loss_of(model, x, **given), x, use_reentrant=reentrant).backward()
+    scale = torch.randn((), generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(device)  # `gradients`
+    found = {name: scale * p.grad for name, p in model.named_parameters()}
+    assert_same({**found, "input 0": scale * x.grad}, expected, 1e-12)
+
+
+@pytest.mark.parametrize("sample_dim", [0, 1])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_repeats_is_freed_with_its_block(device, reentrant, sample_dim):
+    """The divergence would keep its graph alive, of every block until the next forward."""
+    layer, repeated = trained(device=device, sample_dim=sample_dim), []
+    last = nn.Linear(N, N, device=device, dtype=torch.float64)
+    first, second = (inputs("self", device=device)[0] for _ in range(2))
+
+    def block(x):
+        y = layer(x)
+        if torch._C._current_graph_task_id() != -1:  # a backward runs
+            repeated.append(weakref.ref(layer._last_kl._kl.grad_fn))
+        return last(y)
+
+    loss = sum(checkpoint(block, x, use_reentrant=reentrant).sum() for x in (first, second))
+    value = kl_divergence(layer)
+    loss.backward()
+    assert len(repeated) == 2
+    assert [graph() for graph in repeated] == [None, None]
+    assert torch.equal(kl_divergence(layer), value)  # of the second forward, which backward repeated first
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_compiles_with_the_divergence_in_the_loss(device, condition, fresh_dynamo):
     model, graphs = Model(condition, device), []
@@ -461,16 +516,47 @@ def test_compiles_with_the_divergence_in_the_loss(device, condition, fresh_dynam
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
-    dynamic, counts = condition == "self", []
-    compiled = torch.compile(loss_of, backend=backend, fullgraph=True, dynamic=dynamic)
-    for samples in (4, 7) if dynamic else (4,):
-        x, given = inputs(condition, (samples, 2), device)
+    compiled, counts = torch.compile(loss_of, backend=backend, fullgraph=True, dynamic=True), []
+    for leading in (4, 2), (7, 2), (5, 3):
+        x, given = inputs(condition, leading, device)
         tensors = x, *differentiable(given)
         loss, expected = seeded(compiled, model, x, **given), seeded(loss_of, model, x, **given)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
         assert_same(gradients([loss], model, *tensors), gradients([expected], model, *tensors), 1e-10)
         counts.append(len(graphs))
-    assert len(set(counts)) == 1  # no compilation for the second number of samples
+    assert len(set(counts)) == 1  # no compilation for other numbers of samples and rows
+
+
+def test_a_compiled_divergence_of_an_eager_forward(device, fresh_dynamo):
+    layer, (x, given) = trained(C, device), inputs(C, device=device)
+    layer(x, condition=given["condition"].detach())
+    compiled = torch.compile(kl_divergence, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(layer), kl_divergence(layer)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert_same(gradients([found], layer), gradients([expected], layer), 1e-10)
+
+
+def test_compiles_around_a_checkpoint_where_dynamo_allows_it(device, fresh_dynamo):
+    model, (x, given) = Model("self", device), inputs("self", device=device)
+
+    def loss(x):
+        return (checkpoint(model, x, use_reentrant=False, **given) ** 2).mean() + kl_divergence(model) / 7
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        found = gradients([seeded(compiled, x)], model, x)
+    assert_same(found, gradients([seeded(loss_of, model, x, **given)], model, x), 1e-10)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_exports_for_any_number_of_samples(condition):
+    layer = trained(condition).eval()
+    samples, rows = torch.export.Dim("samples", min=2, max=64), torch.export.Dim("rows", min=2, max=64)
+    dynamic = {"x": {0: samples, 1: rows}, "condition": {0: samples}, "mask": {0: samples, 1: rows}}
+    x, given = inputs(condition)
+    program = torch.export.export(layer, (x,), given, dynamic_shapes={k: dynamic[k] for k in ("x", *given)})
+    x, given = inputs(condition, (7, 3))
+    assert torch.equal(program.module()(x, **given), layer(x, **given))
 
 
 def test_a_divergence_outside_of_the_compiled_model_is_that_of_its_forward(device, fresh_dynamo):
@@ -594,6 +680,8 @@ def test_state_goes_around(device, condition):
     assert layer.state_dict().keys() == {
         "weight", "bias", "weight_rho", "bias_rho", "weight_prior", "bias_prior", "condition_down", "condition_up",
     }  # fmt: skip
+    other.load_state_dict({}, strict=False)
+    assert torch.equal(other.condition_up, layer.condition_up)
     broken = layer.state_dict()
     del broken["condition_up"]
     with pytest.raises(RuntimeError, match="condition_up"):
@@ -688,6 +776,7 @@ def _mask(*shape, dtype=torch.bool, device="cpu"):
         ("self", {"condition": torch.zeros(4, C)}, ValueError, "condition is a Tensor, expected None.*=an int"),
         ("self", {"mask": [[True]]}, TypeError, "mask is a list, expected a bool or integer tensor"),
         ("self", {"mask": _mask(4, 5).float()}, TypeError, "mask has dtype torch.float32, expected bool.*mask == 0"),
+        ("self", {"mask": _mask(4, 5, dtype=torch.complex64)}, TypeError, "mask has dtype torch.complex64"),
         ("self", {"mask": _mask(4, 5, N)}, ValueError, r"mask has shape \(4, 5, 6\), expected \(4, 5\)"),
         ("self", {"mask": _mask(4)}, ValueError, r"mask has shape \(4,\), expected \(4, 5\)"),
         ("self", {"mask": _mask(4, 5, device="meta")}, ValueError, "mask is on meta, expected cpu"),

@@ -111,13 +111,14 @@ def test_gradcheck(kind):
     assert gradcheck(function, (x, *(p.detach().clone().requires_grad_() for p in parameters)), eps=1e-7)
 
 
+@pytest.mark.parametrize("noise", ["sample", "token"])
 @every_kind
-def test_settings_of_the_noise_have_no_effect(kind):
+def test_settings_of_the_noise_have_no_effect(kind, noise):
     x = torch.randn(3, 4, N)
     torch.manual_seed(0)
     layer = deterministic(kind)
     torch.manual_seed(0)
-    other = deterministic(kind, noise="token", sample_dim=7, init_std=3.0, generator=torch.Generator().manual_seed(1))
+    other = deterministic(kind, noise=noise, sample_dim=7, init_std=3.0, generator=torch.Generator().manual_seed(1))
     assert torch.equal(layer(x), other(x))
     assert torch.equal(klnorm.kl_divergence(layer), klnorm.kl_divergence(other))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-DDP = ["without_noise", "finding_unused_parameters", "noise_of_its_own", "one_draw_for_all", "accumulation",
-       "two_forwards"]  # fmt: skip
+DDP = ["without_noise", "finding_unused_parameters", "noise_of_its_own", "one_draw_for_all", "conditional",
+       "accumulation", "two_forwards"]  # fmt: skip
 FSDP2 = ["without_noise", "noise_of_its_own", "kl_of_shards", "kl_after_a_forward",
          "posteriors_in_a_group_of_their_own", "training"]  # fmt: skip
 

@@ -75,6 +75,12 @@ def test_means_of_rms_are_torchs_with_its_default_eps(device, dtype):
     assert not torch.allclose(y, F.rms_norm(x, (N,), weight, 1e-30), rtol=0.01, atol=0)
 
 
+def test_a_divergence_of_rms_that_is_not_finite_is_explained():
+    rho = torch.tensor([0.0] * 3 + [math.nan] * 3)
+    with pytest.raises(ValueError, match=r"divergence is nan: weight_rho has 3 such value\(s\), the first at index 3"):
+        kl_rms_norm(torch.randn(*LEADING, N), N, torch.ones(N), rho)
+
+
 def test_rms_saves_four_bytes_a_row(device):
     saved = []
     x, weight, rho = (randn(*shape, dtype=torch.float32, device=device) for shape in ((64, N), (N,), (N,)))
@@ -124,6 +130,20 @@ def test_the_floor_is_what_the_documentation_says():
         without = math.log(10) + 0.01 / 2 - 0.5
         at_tenth = kl_deterministic(torch.full_like(zero, 0.1 * prior_std), zero, 0.0, prior_std).item()
         assert without - at_tenth == pytest.approx(5e-5, rel=0.01)
+
+
+@pytest.mark.parametrize("prior_std", [1e-30, 1e-10, 1.0, 1e10])
+def test_weights_near_zero_have_finite_gradients_under_any_prior(device, prior_std):
+    x, bias = torch.randn(*LEADING, N, device=device), torch.zeros(N, device=device)
+    weight = (torch.tensor([0.0, 1e-4, -1e-4, 1e-3, 1e-2, 1.0], device=device) * prior_std).requires_grad_()
+    _, kl = kl_layer_norm(x, N, weight, bias, None, None, posterior="deterministic", prior_std=prior_std)
+    exact = weight.detach().double().requires_grad_()
+    expected = kl_deterministic(exact, bias.double(), 0.0, prior_std).sum()
+    gradient, wanted = (torch.autograd.grad(d, w)[0].double() for d, w in ((kl, weight), (expected, exact)))
+    assert gradient[0] == 0
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=0)
+    # at weight = prior_std two terms cancel that are 1 / prior_std each
+    torch.testing.assert_close(gradient * prior_std, wanted * prior_std, rtol=1e-5, atol=1e-6)
 
 
 def test_the_deterministic_reading_draws_no_seed(device):
@@ -178,18 +198,23 @@ def test_the_sum_is_rounded_to_the_residuals_dtype_and_normalized_as_rounded(dev
     assert (x.grad.dtype, residual.grad.dtype) == (dtype, residual_dtype)
     narrow, wide = sorted([x.grad, residual.grad], key=torch.Tensor.element_size)
     assert torch.equal(wide.to(narrow.dtype), narrow)
+    assert dtype == residual_dtype or not torch.equal(narrow.to(wide.dtype), wide)  # each is rounded to its own dtype
 
 
-@pytest.mark.parametrize("used", ["y", "sum", "kl"])
-def test_gradients_when_only_one_output_is_used(device, used):
+@pytest.mark.parametrize("used", ["y", "sum", "kl", "y sum", "y kl", "sum kl"])
+def test_gradients_when_not_all_outputs_are_used(device, used):
     x, residual = randn(*LEADING, N, device=device), randn(*LEADING, N, device=device)
     parameters = [randn(N, device=device) for _ in range(4)]
     y, total, kl = kl_layer_norm(x, N, *parameters, residual=residual, seed=seed(device))
-    output = {"y": y, "sum": total, "kl": kl}[used]
-    grads = torch.autograd.grad(output, [x, residual, parameters[0]], torch.ones_like(output), allow_unused=True)
-    y_apart, kl_apart = kl_layer_norm(x + residual, N, *parameters, seed=seed(device))
-    apart = {"y": y_apart, "sum": x + residual, "kl": kl_apart}[used]
-    expected = torch.autograd.grad(apart, [x, residual, parameters[0]], torch.ones_like(apart), allow_unused=True)
+    sum_ = x + residual
+    y_apart, kl_apart = kl_layer_norm(sum_, N, *parameters, seed=seed(device))
+    cotangents = {"y": torch.randn_like(y), "sum": torch.randn_like(y), "kl": torch.randn_like(kl)}
+
+    def gradients_of(*outputs):
+        total = sum((cotangents[name] * o).sum() for name, o in zip(cotangents, outputs, strict=True) if name in used)
+        return torch.autograd.grad(total, [x, residual, *parameters], allow_unused=True)
+
+    grads, expected = gradients_of(y, total, kl), gradients_of(y_apart, sum_, kl_apart)
     for got, want in zip(grads, expected, strict=True):
         want = torch.zeros_like(x if got is None else got) if want is None else want
         got = torch.zeros_like(want) if got is None else got
@@ -206,6 +231,14 @@ def test_the_residual_may_be_frozen_or_x(device):
     twice, total, kl = kl_layer_norm(x, N, *parameters, residual=x, seed=seed(device))
     apart, kl_apart = kl_layer_norm(2 * x, N, *parameters, seed=seed(device))
     assert_all_close(gradients((twice, total, kl), [x]), gradients((apart, 2 * x, kl_apart), [x]), device)
+
+
+def test_the_sum_is_contiguous_whatever_it_is_of(device):
+    """As compiled code takes it to be."""
+    x, residual = (torch.randn(LEADING[1], LEADING[0], N, device=device).transpose(0, 1) for _ in range(2))
+    _, total, _ = kl_layer_norm(x, N, *(torch.randn(N, device=device) for _ in range(4)), residual=residual)
+    assert total.is_contiguous()
+    assert torch.equal(total, x + residual)
 
 
 def test_backward_saves_the_sum_alone(device):

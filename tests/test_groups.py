@@ -238,9 +238,9 @@ def test_bad_groups_are_refused_with_an_explanation(changed, error, message):
         kl_layer_norm(**arguments)
 
 
-@pytest.mark.parametrize("noise", ["batch", "token"])
-def test_groups_may_cut_samples_where_noise_has_none(noise):
-    y, _ = call(make(groups=8), noise=noise)
+@pytest.mark.parametrize("options", [{"noise": "batch"}, {"noise": "token"}, {"noise": "sample", "sample": False}])
+def test_groups_may_cut_samples_where_noise_has_none(options):
+    y, _ = call(make(groups=8), **options)
     assert y.shape == (6, 4, N)
 
 

@@ -19,12 +19,14 @@ WIDTH, EXAMPLES = 5, 8  # two ranks get three and two features of every paramete
 SILENT_RHO = -40.0  # a deviation of 4e-18, which fp64 does not see beside a scale of 1
 
 
-def make_model(seed=1, noise="sample", silent=False, dtype=torch.float64):
+def make_model(seed=1, noise="sample", silent=False, conditional=False, dtype=torch.float64):
     """The same on every rank: two blocks and a norm after them, KL layers all three, posteriors off their priors."""
     torch.manual_seed(seed)
     blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.GELU()) for _ in range(2)]
     model = nn.Sequential(*blocks, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)).to(dtype)
     klnorm.replace_layer_norm(model, noise=noise)
+    if conditional:
+        model[2] = klnorm.KLConditionalLayerNorm(WIDTH, rank=2, noise=noise, dtype=dtype)
     with torch.no_grad():
         for layer in klnorm.kl_layers(model).values():
             for tensor in (*layer.parameters(), *layer.buffers()):

@@ -32,6 +32,12 @@ def one_draw_for_all(rank):
     return parallel(rank, noise="batch"), alone(joined_batch(), noise="batch")
 
 
+def conditional(rank):
+    """A KL divergence that is a mean over samples: over those of all ranks."""
+    options = {"silent": True, "conditional": True}
+    return parallel(rank, **options), alone(joined_batch(), **options)
+
+
 def noise_on_one_input(rank):
     """Output for the same input on every rank, and that of one process with the seed of this rank."""
     outputs = []
@@ -87,5 +93,5 @@ def training(rank):
 
 
 if __name__ == "__main__":
-    run([without_noise, finding_unused_parameters, noise_of_its_own, one_draw_for_all, noise_on_one_input,
-         divergence, accumulation, two_forwards, training])  # fmt: skip
+    run([without_noise, finding_unused_parameters, noise_of_its_own, one_draw_for_all, conditional,
+         noise_on_one_input, divergence, accumulation, two_forwards, training])  # fmt: skip
