@@ -20,7 +20,7 @@ def main(arguments=None):
 
 
 def render_memory(result):
-    """Markdown: what each contestant keeps for backward beside what is normalized and the parameters; then the family."""
+    """Markdown: what contestants keep for backward beside what is normalized and the parameters; then the family."""
     counted = [r for r in result["records"] if r["dtype"] == "bf16" and r["saved_rest"] is not None]
     parts = [[r for r in counted if operation_of(r) in operations] for operations in (("layer_norm",), FAMILY)]
     return "\n\n".join(map(_kept, filter(None, parts)))
