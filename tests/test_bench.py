@@ -12,13 +12,25 @@ import stat
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import contestants, eager, measure, memory, norms, report, summary, table, targets, timing, train_step, warm
-from bench.cases import BERT, KL_NOISES, KLNORM_NOISES, LAYER_NORM, TARGET_SHAPES, Case, Shape, noises_of, plan
+from bench.cases import (
+    BERT,
+    KL_NOISES,
+    KLNORM_NOISES,
+    LAYER_NORM,
+    TARGET_SHAPES,
+    Case,
+    Shape,
+    noises_of,
+    plan,
+    sets_beyond,
+)
 from bench.check import Wrong, check
 from bench.contestants import CONTESTANTS, OF_OPERATION
 from bench.layers import Layer, make_values
@@ -232,6 +244,8 @@ def test_plan_covers_dtypes_and_shapes():
     assert {case.dtype for case in cases} == {"bf16", "fp16", "fp32"}
     wanted = {"1024x768", "4096x256", "4096x65536", "16384x4096", "1048576x128", "16x8192"}
     assert wanted <= {str(case.shape) for case in cases}
+    keys = [case.key for case in cases]
+    assert keys.index("rms_norm/native/none/8192x8192/bf16") < keys.index("eager/token/1024x768/bf16")
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
@@ -299,6 +313,51 @@ def test_measure_keeps_to_its_limits():
     slow = timing.measure(lambda i: None, FakeClock([1000.0]))
     assert (slow.calls, slow.samples) == (1, timing.LEAST_SAMPLES)
     assert timing.measure(lambda i: None, FakeClock([0.001])).calls == timing.MOST_CALLS
+
+
+def test_buffers_exceed_twice_the_cache():
+    assert [sets_beyond(50, size, most=16) for size in (1000, 50, 10, 9, 1)] == [2, 2, 10, 12, 16]
+
+
+@pytest.mark.parametrize("direction", measure.DIRECTIONS)
+def test_calls_rotate_their_buffers_and_results(direction):
+    buffers = measure.Buffers(Case("native", LAYER_NORM, TINY, "fp32"), CPU, 3)
+    seen, results = [], weakref.WeakSet()
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            y = x.clone()
+            results.add(y)
+            if direction != "backward":
+                seen.append(x.data_ptr())
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            dx = dy.clone()
+            if direction == "backward":
+                seen.append(ctx.saved_tensors[0].data_ptr())
+            if direction != "forward":
+                results.add(dx)
+            return dx
+
+    call = measure.calls(Layer(lambda x: (Noted.apply(x),), {}), buffers)[direction]()
+    results.clear()
+    for i in range(7):
+        call(i)
+    assert seen == [buffers.inputs[i % 3][0].data_ptr() for i in range(7)]
+    assert len(results) == 3
+
+
+def test_peak_is_beyond_what_there_was(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: done.append("read") or 350)
+    assert measure.peak(lambda i: done.append("call")) == 250
+    assert done == ["reset", "call", "read"]
 
 
 class FakeEvent:
@@ -397,6 +456,7 @@ def test_run_records_everything(finished):
             assert timed["p20_ms"] == timed["median_ms"] == timed["p80_ms"] == 0.25
             assert timed["gbps"] == pytest.approx(bytes_per_element * record["elements"] / 0.25e-3 / 1e9)
         assert record["wall_ms"] == 0.5
+        assert record["parameter_dtype"] == ("bfloat16" if record["contestant"] == "native" else "float32")
     assert "absent: fla (ModuleNotFoundError" in text
     assert "klnorm         token         24x16 bf16" in text
 
@@ -608,7 +668,9 @@ def test_worst_case_decides():
 def test_ratio_and_wall_targets():
     shape = TARGET_SHAPES[0]
     records = [
-        record_of("klnorm", "batch", shape, 0.6),
+        record_of("klnorm", "batch", shape, 0.65),
+        record_of("klnorm", "token", shape, 7.0),
+        record_of("klnorm", "batch", shape, 7.0, dtype="fp32"),
         record_of("native", "none", shape, 1.0),
         record_of("klnorm", "batch", BERT, 0.3),
         record_of("native", "none", BERT, 0.1),

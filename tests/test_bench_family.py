@@ -1,6 +1,5 @@
 """The benchmark's rows beside LayerNorm: RMSNorm, residual addition, parameters per group, deterministic reading."""
 
-import functools
 import itertools
 import json
 import sys
@@ -72,11 +71,35 @@ def test_right_contestants_pass(operation, name, noise, dtype):
 COMPILED = [(operation, name) for operation in FAMILY for name in OF_OPERATION[operation] if name.endswith("compiled")]
 
 
+@pytest.fixture
+def light_compiler(monkeypatch, fresh_dynamo):
+    """torch.compile by a backend that needs no compiler: inductor takes 20 seconds for each. Its options."""
+    options, original = [], torch.compile
+
+    def compile_lightly(forward, **given):
+        options.append(given)
+        return original(forward, **given, backend="aot_eager")
+
+    monkeypatch.setattr(layers.torch, "compile", compile_lightly)
+    return options
+
+
 @pytest.mark.parametrize(("operation", "name"), COMPILED)
-def test_compiled_contestants_pass(operation, name, monkeypatch):
-    """As one graph, run by a backend that needs no compiler: inductor takes 20 seconds for each."""
-    monkeypatch.setattr(layers.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+def test_compiled_contestants_pass(operation, name, light_compiler):
     gate(case_of(operation, name, noises_of(contestant_of(case_of(operation, name)).family)[-1]))
+    assert light_compiler == [{"fullgraph": True, "dynamic": False}]
+
+
+def test_compiled_contestants_of_any_number_of_shapes(light_compiler):
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in 8, 16:
+            gate(Case("compiled", "none", Shape(2, 3, width), "fp32"))
+
+
+def test_compiled_contestants_go_backward_over_and_over(light_compiler):
+    call = measure.calls(*measure.build(case_of("layer_norm", "eager_compiled", "token"), CPU, 1))["backward"]()
+    call(0)
+    call(0)
 
 
 def test_gate_goes_through_chunks(monkeypatch):
@@ -259,23 +282,60 @@ def quack_stand_in(
     return (y, total) if prenorm else y
 
 
-class ApexStandIn(nn.RMSNorm):
+def quack_forward_stand_in(x, weight, bias=None, eps=1e-6, return_rstd=False, return_mean=False):
+    mean = x.float().mean(1)
+    rstd = (x.float().var(1, correction=0) + eps).rsqrt()
+    xhat = (x.float() - mean[:, None]) * rstd[:, None]
+    return (xhat * weight + bias).to(x.dtype), *([rstd] if return_rstd else []), *([mean] if return_mean else [])
+
+
+def quack_backward_stand_in(x, weight, dout, rstd, mean, has_bias=True):
+    xhat, dy = (x.float() - mean[:, None]) * rstd[:, None], dout.float()
+    dxhat = dy * weight
+    along = dxhat.mean(1, keepdim=True) + xhat * (dxhat * xhat).mean(1, keepdim=True)
+    return (rstd[:, None] * (dxhat - along)).to(x.dtype), (dy * xhat).sum(0), dy.sum(0) if has_bias else None
+
+
+class ApexRMSNorm(nn.RMSNorm):
     def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
         super().__init__(normalized_shape, eps)
 
 
+class ApexLayerNorm(nn.LayerNorm):
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
+        super().__init__(normalized_shape, eps)
+
+
+class ApexFastLayerNorm(nn.LayerNorm):
+    def __init__(self, hidden_size, eps=1e-5, memory_efficient=False):
+        super().__init__(hidden_size, eps)
+
+
+class LigerLayerNorm(nn.LayerNorm):
+    def __init__(self, hidden_size, eps=1e-6, bias=False, init_fn="ones"):
+        super().__init__(hidden_size, eps, bias=bias)
+
+    def forward(self, hidden_states):
+        y = F.layer_norm(hidden_states.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+        return y.to(hidden_states.dtype)
+
+
 STAND_INS = {
-    "apex.normalization": {"FusedRMSNorm": ApexStandIn},
+    "apex.normalization": {"FusedLayerNorm": ApexLayerNorm, "FusedRMSNorm": ApexRMSNorm},
+    "apex.contrib.layer_norm": {"FastLayerNorm": ApexFastLayerNorm},
     "fused_layer_norm_cuda": {},
+    "liger_kernel.transformers.layer_norm": {"LigerLayerNorm": LigerLayerNorm},
     "liger_kernel.transformers.rms_norm": {"LigerRMSNorm": LigerStandIn},
     "liger_kernel.transformers.fused_add_rms_norm": {"LigerFusedAddRMSNorm": LigerStandIn},
-    "quack.rmsnorm": {"rmsnorm": quack_stand_in},
+    "quack.rmsnorm": {
+        "rmsnorm": quack_stand_in, "layernorm_fwd": quack_forward_stand_in, "layernorm_bwd": quack_backward_stand_in
+    },
     "fla.modules": {"LayerNorm": FlaStandIn, "RMSNorm": FlaStandIn},
-}
+}  # fmt: skip
 PEERS = [
     (operation, name)
-    for operation in FAMILY
-    for name, contestant in OF_OPERATION[operation].items()
+    for operation, contestants in OF_OPERATION.items()
+    for name, contestant in contestants.items()
     if contestant.requires
 ]
 
