@@ -15,7 +15,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-if ! timeout 60 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! timeout 100 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh needs a CUDA GPU, and the torch of $python sees none (or there is no torch: name another with PYTHON=)" >&2
     exit 2
 fi

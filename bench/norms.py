@@ -59,11 +59,11 @@ def parse(arguments):
 
 def without_gpu(options):
     print("Timing needs a CUDA GPU, and torch sees none: inspecting compiled kernels and counting bytes instead.\n")
-    if (report.ROOT / "bench" / "inspect.py").exists():
-        # The interpreter's stand-ins for kernels cannot be compiled.
-        settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        status = subprocess.run([sys.executable, "-m", "bench.inspect"], cwd=report.ROOT, env=settings).returncode
-        print(f"(the inspector ended with status {status})\n")
+    # The interpreter's stand-ins for kernels cannot be compiled.
+    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.inspect", *(["--n", "4096"] if options.quick else [])]
+    status = subprocess.run(command, cwd=report.ROOT, env=settings).returncode
+    print(f"(the inspector ended with status {status})\n")
     memory.main(["--output", str(options.output), *(["--quick"] if options.quick else [])])
     return 0
 

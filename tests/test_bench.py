@@ -42,9 +42,7 @@ GATE = Shape(4, 32, 64)
 X_BYTES = 4 * 6 * 16 * 4  # of TINY in fp32
 
 
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 class FakeClock:
@@ -631,8 +629,7 @@ def test_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert norms.main(["--quick", "--output", str(tmp_path)]) == 0
     assert "needs a CUDA GPU" in capsys.readouterr().out
     assert (tmp_path / "memory.json").exists()
-    if (ROOT / "bench" / "inspect.py").exists():
-        assert ran[0][1:] == ["-m", "bench.inspect"]
+    assert [command[1:] for command in ran] == [["-m", "bench.inspect", "--n", "4096"]]
 
 
 # ---- Targets ---------------------------------------------------------------------------------------------------------
@@ -685,7 +682,15 @@ def test_memory_target():
     shape = TARGET_SHAPES[0]
     for per_row, met in (8, True), (9, False):
         record = record_of("klnorm", "token", shape, 1.0, saved_bytes=per_row * shape.n_rows + 8)
-        assert evaluate([record])[-1]["met"] is met
+        # In evaluation the layer saves deviations that are not among its parameters there.
+        evaluation = record_of("klnorm", "eval", shape, 1.0, saved_bytes=99 * shape.n_rows)
+        assert evaluate([record, evaluation])[-1]["met"] is met
+
+
+def test_table_of_times_says_how_many_times_faster():
+    shape = TARGET_SHAPES[0]
+    records = [record_of("klnorm", "batch", shape, 0.5), record_of("native", "none", shape, 1.0)]
+    assert "| nn.LayerNorm | 2.00 |" in table._speedups(records, "layer_norm")
 
 
 # ---- Training step and the script for a GPU --------------------------------------------------------------------------

@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 TINY = Shape(4, 6, 16)
 GATE = Shape(4, 32, 64)
 X_BYTES = 4 * 6 * 16 * 4  # of TINY in fp32
+pytestmark = pytest.mark.usefixtures("no_gpu")
 RIGHT = [
     (operation, name, noise)
     for operation in FAMILY
