@@ -548,6 +548,7 @@ def test_the_case_that_never_came_back_is_on_disk(tmp_path, monkeypatch):
         ("klnorm", "batch", "ok"), ("klnorm", "token", "failed"), ("native", LAYER_NORM, "ok")
     ]  # fmt: skip
     assert "running" not in after
+    assert after["records"][2]["forward"]["gbps"] == pytest.approx(8 * TINY.elements / 1e-3 / 1e9)  # fp32
 
 
 @pytest.fixture
@@ -691,6 +692,10 @@ def test_table_of_times_says_how_many_times_faster():
     shape = TARGET_SHAPES[0]
     records = [record_of("klnorm", "batch", shape, 0.5), record_of("native", "none", shape, 1.0)]
     assert "| nn.LayerNorm | 2.00 |" in table._speedups(records, "layer_norm")
+    share = f"{100 * records[0]['forward']['gbps'] / 3000:.0f} %"
+    slow = record_of("eager", "batch", shape, 5.0)
+    rows = table._shares([*records, slow], "forward", 3000.0).splitlines()
+    assert rows == ["| noise | N=4096 |", "| --- | ---: |", f"| batch | {share} |"]
 
 
 # ---- Training step and the script for a GPU --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from test_bench import CPU, EVERYONE, GATE, TINY, X_BYTES, FakeClock
 from torch import nn
 
 from bench import eager, layers, measure, memory, norms, summary, table, targets
@@ -16,10 +17,6 @@ from bench.check import Wrong, check
 from bench.contestants import OF_OPERATION, at_hand, contestant_of
 from bench.layers import EPS, Layer, dtype_of, plain
 
-CPU = torch.device("cpu")
-TINY = Shape(4, 6, 16)
-GATE = Shape(4, 32, 64)
-X_BYTES = 4 * 6 * 16 * 4  # of TINY in fp32
 pytestmark = pytest.mark.usefixtures("no_gpu")
 RIGHT = [
     (operation, name, noise)
@@ -364,8 +361,6 @@ def test_absent_peers_are_listed(monkeypatch):
 
 # ---- Cases, traffic, targets -----------------------------------------------------------------------------------------
 
-EVERYONE = {operation: {name: c.family for name, c in those.items()} for operation, those in OF_OPERATION.items()}
-
 
 def test_plan_puts_layer_norm_first():
     cases = plan(EVERYONE)
@@ -476,21 +471,6 @@ def test_memory_covers_the_family(tmp_path, monkeypatch, capsys):
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 
-class StandingClock:
-    """A clock on which every call takes a quarter of a millisecond."""
-
-    def copy_gbps(self):
-        return 2000.0
-
-    def batch(self, call, count, host_ms):
-        call(0)
-        return 0.25 * count, False
-
-    def host(self, call, count):
-        call(0)
-        return 0.1, 0.5
-
-
 def test_run_with_the_family(tmp_path, monkeypatch, capsys):
     shape = Shape(4, 6, 1024)
     lines = [("klnorm", "batch", "layer_norm"), ("klnorm", "batch", "residual"), ("unfused", "batch", "residual")]
@@ -498,7 +478,7 @@ def test_run_with_the_family(tmp_path, monkeypatch, capsys):
     cases = [Case(name, noise, shape, "bf16", operation) for name, noise, operation in lines]
     monkeypatch.setattr(targets, "TARGET_ELEMENTS", shape.elements)
     monkeypatch.setattr(norms, "plan", lambda families, quick: cases)
-    assert norms.run(norms.parse(["--output", str(tmp_path)]), CPU, StandingClock()) == 0
+    assert norms.run(norms.parse(["--output", str(tmp_path)]), CPU, FakeClock([0.25])) == 0
     printed = capsys.readouterr().out
     assert "24x1024 bf16 residual " in printed
     assert "absent: rms_residual/quack (" in printed
