@@ -7,6 +7,7 @@ from importlib import import_module
 from .cases import name_of
 from .layers import build_eager, build_klnorm, build_klnorm_functional, build_native, compiled, unfused
 from .peers import build_apex_fast, build_apex_fused, build_fla, build_liger, build_quack
+from .report import reason
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Contestant:
             try:
                 getattr(import_module(module), attribute) if attribute else import_module(module)
             except Exception as error:  # whatever a peer's import raises, it is absent
-                return f"{type(error).__name__}: {error}".splitlines()[0]
+                return reason(error)
         return None
 
 
@@ -43,10 +44,10 @@ CONTESTANTS = {  # of LayerNorm
     "apex_fast": Contestant("apex FastLayerNorm", "layer_norm", build_apex_fast, ("apex.contrib.layer_norm",)),
     "liger": Contestant("Liger", "layer_norm", build_liger, ("liger_kernel.transformers.layer_norm:LigerLayerNorm",)),
     "quack": Contestant("quack", "layer_norm", build_quack, ("quack.rmsnorm:layernorm_bwd",)),
-    "fla": Contestant("flash-linear-attention", "layer_norm", build_fla, ("fla.modules.layernorm:LayerNorm",)),
+    "fla": Contestant("flash-linear-attention", "layer_norm", build_fla, ("fla.modules:LayerNorm",)),
 }
 KLNORM = Contestant("klnorm", "klnorm", build_klnorm_functional)
-FLA_RMS = Contestant("flash-linear-attention", "layer_norm", build_fla, ("fla.modules.layernorm:RMSNorm",))
+FLA_RMS = Contestant("flash-linear-attention", "layer_norm", build_fla, ("fla.modules:RMSNorm",))
 QUACK_RMS = Contestant("quack", "layer_norm", build_quack, ("quack.rmsnorm:rmsnorm",))
 OF_OPERATION = {
     "layer_norm": CONTESTANTS,

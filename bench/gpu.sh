@@ -3,7 +3,7 @@
 #
 # Ends inside 9 minutes (--quick: 3). Installs nothing. OUTDIR then holds log.txt (all output), summary.txt, norms.json,
 # norms.png, memory.json, train_step.json: whatever finished. Exit status 0 if every part ended well, 1 if one did not,
-# 2 for wrong usage. PYTHON names another interpreter.
+# 2 for wrong usage or no GPU. PYTHON names another interpreter.
 set -u
 
 usage() { echo "usage: bash bench/gpu.sh OUTDIR [--quick]" >&2; exit 2; }
@@ -15,30 +15,39 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+if ! timeout 100 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu.sh needs a CUDA GPU, and the torch of $python sees none (or there is no torch: name another with PYTHON=)" >&2
+    exit 2
+fi
 log=$out/log.txt
+rm -f "$out"/{norms,memory,train_step}.json "$out/norms.png" "$out/summary.txt" # of an earlier run
 : > "$log"
 all_well=0
 
-# Seconds for all, and at most for each part. The rest is for starting up and for parts that end late.
-if [ -n "$quick" ]; then total=165; tests=65; memory=20; norms=75; train=40
-else total=520; tests=200; memory=60; norms=190; train=150; fi
+# Seconds for all, and those that each part is promised; the rest is for starting up and for parts that end late. What
+# tests and memory leave goes to the norms, and what those leave to the training step.
+if [ -n "$quick" ]; then total=165; tests=45; memory=20; norms=55; train=35
+else total=520; tests=170; memory=60; norms=170; train=110; fi
 
-# part NAME SECONDS COMMAND...: run it with a time limit, log its output and its end.
+# part NAME SECONDS MARGIN COMMAND...: run it with a time limit, log its output and its end. With a MARGIN the command is
+# told to stop measuring that many seconds before the limit.
 part() {
-    local name=$1 limit=$2 left=$((total - SECONDS - 10)) begun=$SECONDS status
-    shift 2
+    local name=$1 limit=$2 margin=$3 left=$((total - SECONDS - 10)) begun=$SECONDS status
+    shift 3
     if [ "$limit" -gt "$left" ]; then limit=$left; fi
     printf '\n' >> "$log"
-    if [ "$limit" -lt 5 ]; then
-        echo "== $name: not run, time is up" | tee -a "$log"; all_well=1; return
+    if [ "$limit" -lt $((margin + 5)) ]; then
+        echo "== $name: not run, time is up" | tee -a "$log"; all_well=1; return 1
     fi
+    [ "$margin" -eq 0 ] || set -- "$@" --minutes "$(awk "BEGIN { print ($limit - $margin) / 60 }")"
     echo "-- $name, at most $limit s: $*" | tee -a "$log"
     # An interrupt lets pytest and the benchmarks end in order; 10 seconds later they are killed.
     timeout -s INT -k 10 "$limit" "$@" >> "$log" 2>&1
     status=$?
     case $status in
         0) echo "== $name: ended well after $((SECONDS - begun)) s" ;;
-        124 | 137) echo "== $name: TIME LIMIT of $limit s" ;;
+        124) echo "== $name: TIME LIMIT of $limit s" ;;
+        137) echo "== $name: KILLED after $((SECONDS - begun)) s, limit $limit s" ;;
         *) echo "== $name: STATUS $status after $((SECONDS - begun)) s" ;;
     esac | tee -a "$log"
     [ "$status" -eq 0 ] || all_well=1
@@ -51,14 +60,23 @@ for file in $(grep -lw device tests/test_*.py); do # what never asks for the dev
     case " $first " in *" $file "*) ;; *) rest="$rest $file" ;; esac
 done
 [ -z "$quick" ] || rest=
-minutes() { awk "BEGIN { print $1 / 60 }"; }
+# Most of their time is compiling: eight processes where pytest-xdist is installed.
+jobs=
+if "$python" -c 'import xdist' 2>> "$log"; then jobs="-n 8"; fi
 
 # The tests demand deterministic algorithms; cuBLAS has them only with a fixed workspace.
 # shellcheck disable=SC2086
-part tests "$tests" env CUBLAS_WORKSPACE_CONFIG=:4096:8 "$python" -m pytest -q -p no:cacheprovider --device cuda $first $rest
-part memory "$memory" "$python" -m bench.memory --output "$out" $quick
-part norms "$norms" "$python" -m bench.norms --output "$out" --minutes "$(minutes $((norms - 25)))" $quick
-part train_step "$train" "$python" -m bench.train_step --output "$out" --minutes "$(minutes $((train - 30)))" $quick
+part tests "$tests" 0 env CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=2 "$python" -m pytest -q -p no:cacheprovider \
+    -o faulthandler_timeout=30 $jobs --device cuda $first $rest
+part memory "$memory" 10 "$python" -m bench.memory --output "$out" $quick
+part norms $((total - SECONDS - 10 - train)) 15 "$python" -m bench.norms --output "$out" $quick
+# It lost the GPU or hung: go on after that case, as long as there is time and it gets further.
+while grep -q '^ "running"' "$out/norms.json" 2> /dev/null; do
+    before=$(cksum < "$out/norms.json")
+    part norms_resumed $((total - SECONDS - 10 - train)) 15 "$python" -m bench.norms --output "$out" $quick --resume || break
+    [ "$before" != "$(cksum < "$out/norms.json")" ] || break
+done
+part train_step $((total - SECONDS - 10)) 15 "$python" -m bench.train_step --output "$out" $quick
 
 echo
 "$python" -m bench.summary "$out" 2>&1 | tee "$out/summary.txt"

@@ -82,7 +82,7 @@ def compiled(build):
     """The same under torch.compile."""
 
     def build_compiled(case, values, device):
-        # Past a limit of recompilations torch would fall back to eager without a word: begin afresh.
+        # Past a limit of recompilations of the same code torch refuses: begin afresh.
         torch._dynamo.reset()
         # Backward is timed over and over on one graph, which donated buffers do not allow.
         functorch_config.donated_buffer = False
@@ -110,7 +110,7 @@ def build_klnorm_functional(case, values, device):
     means = ("weight",) if variant.rms else ("weight", "bias")
     rhos = [f"{name}_rho" for name in means]
     learned = [*means, *rhos] if sampled else means
-    parameters = {name: values[name].clone().requires_grad_(name in learned) for name in (*means, *rhos)}
+    parameters = {name: values[name].clone().requires_grad_() for name in (*means, *rhos)}
     options = {"prior_std": PRIOR_STD, "eps": EPS, "sample": sampled, "noise": case.noise if sampled else "batch"}
     if variant.deterministic:
         parameters |= dict.fromkeys(rhos)

@@ -8,7 +8,7 @@ from .cases import operation_of, sets_beyond, traffic
 from .check import Wrong, check, output_gradients
 from .contestants import contestant_of
 from .layers import dtype_of, make_values
-from .saved import saved_bytes
+from .report import reason
 from .timing import MOST_CALLS, measure, wall
 
 DIRECTIONS = "forward", "backward", "both"
@@ -85,23 +85,35 @@ def prepare(case, device, sets):
 def compile_case(case, device="cuda"):
     """One forward and backward of a case, for what it leaves in the compilers' caches."""
     calls(*build(case, torch.device(device), 1))["both"]()(0)
+    torch.cuda.empty_cache()  # other processes need the memory
+
+
+def record_of(case):
+    """What every record of a case begins with."""
+    return {
+        "operation": case.operation, "contestant": case.contestant, "noise": case.noise, "shape": str(case.shape),
+        "dtype": case.dtype, "n_rows": case.shape.n_rows,
+    }  # fmt: skip
+
+
+def untimed(case, status="ok", why=None):
+    """The record of a case, of which nothing is known yet."""
+    return record_of(case) | {
+        "samples": case.shape.samples, "width": case.shape.width, "elements": case.shape.elements,
+        "status": status, "why": why, "parameter_dtype": None,
+        "forward": None, "backward": None, "both": None, "wall_ms": None, "peak_bytes": None, "saved_bytes": None,
+    }  # fmt: skip
 
 
 def measure_case(case, clock, device, cache_bytes):
     """The record of a case. `status`: "ok"; "wrong", then nothing was timed; "failed", where it raised an error."""
-    record = {
-        "operation": case.operation, "contestant": case.contestant, "noise": case.noise, "dtype": case.dtype,
-        "shape": str(case.shape),
-        "samples": case.shape.samples, "n_rows": case.shape.n_rows, "width": case.shape.width,
-        "elements": case.shape.elements, "status": "ok", "why": None, "parameter_dtype": None,
-        "forward": None, "backward": None, "both": None, "wall_ms": None, "peak_bytes": None, "saved_bytes": None,
-    }  # fmt: skip
+    record = untimed(case)
     try:
         _measure(record, case, clock, device, cache_bytes)
     except Wrong as wrong:
         record |= {"status": "wrong", "why": str(wrong)}
     except Exception as error:  # a peer may raise anything, and must not end the run
-        record |= {"status": "failed", "why": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        record |= {"status": "failed", "why": reason(error)}
     gc.collect()
     return record
 
@@ -111,9 +123,7 @@ def _measure(record, case, clock, device, cache_bytes):
     sets = sets_beyond(cache_bytes, case.shape.elements * itemsize, MOST_CALLS)
     layer, buffers = prepare(case, device, sets)
     record["parameter_dtype"] = str(layer.parameters["weight"].dtype).removeprefix("torch.")
-    # Twice: what a first call initializes is not what a call saves.
-    state = [*layer.parameters.values(), *layer.buffers]
-    record["saved_bytes"] = [saved_bytes(layer.forward, buffers.inputs[0], state) for _ in range(2)][1][2]
+    *_, record["saved_bytes"] = saved_bytes(layer, buffers.inputs[0])
     for direction, make in calls(layer, buffers).items():
         call = make()
         timing = measure(call, clock)
@@ -125,6 +135,28 @@ def _measure(record, case, clock, device, cache_bytes):
     record["peak_bytes"] = peak(calls(layer, buffers)["both"]()) if device.type == "cuda" else None
 
 
+def saved_bytes(layer, inputs):
+    """(bytes of what is normalized, of parameters and buffers, of everything else) that a forward saves for backward.
+
+    What is normalized is x, or x and residual, and their sum, the output after y. Each storage counts once.
+    """
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = tensor  # held, so that no address is given out twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = layer.forward(*inputs)
+    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address}
+    normalized, state = [*inputs, *outputs[1 : len(inputs)]], [*layer.parameters.values(), *layer.buffers]
+    of_normalized, of_state = (
+        sum(sizes.pop(t.untyped_storage().data_ptr(), 0) for t in tensors) for tensors in (normalized, state)
+    )
+    return of_normalized, of_state, sum(sizes.values())
+
+
 def peak(call):
     """Most bytes that one forward and backward allocates beyond the buffers and the parameters."""
     before = torch.cuda.memory_allocated()
@@ -133,20 +165,24 @@ def peak(call):
     return torch.cuda.max_memory_allocated() - before
 
 
-def line(record, copy_gbps):
-    """The record as a line of the table on the screen."""
+def start_of(record):
+    """What the line of a record on the screen begins with."""
     operation = operation_of(record)
     start = f"{record['contestant']:<14} {record['noise']:<6} {record['shape']:>12} {record['dtype']}"
-    start += "" if operation == "layer_norm" else f" {operation}"
+    return start if operation == "layer_norm" else f"{start} {operation}"
+
+
+def line(record, copy_gbps):
+    """The record as a line of the table on the screen."""
     if record["status"] != "ok":
-        return f"{start}  {record['status'].upper()}: {record['why']}"
+        return f"{start_of(record)}  {record['status'].upper()}: {record['why']}"
     cells = []
     for direction in DIRECTIONS:
         timing = record[direction]
         percent = f"{100 * timing['gbps'] / copy_gbps:3.0f} %" if copy_gbps else ""
         cells.append(f"{timing['median_ms']:8.4f} {percent}{'*' if timing['gaps'] else ' '}")
     peak = "" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**20:8.1f}"
-    return f"{start} {' '.join(cells)} {record['wall_ms']:8.4f} {peak}"
+    return f"{start_of(record)} {' '.join(cells)} {record['wall_ms']:8.4f} {peak}"
 
 
 HEADER = (

@@ -6,6 +6,8 @@ a GPU it runs the inspector of compiled kernels and the memory comparison.
 """
 
 import argparse
+import faulthandler
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from .timing import CudaClock
 from .warm import warm
 
 WARM_SHARE = 0.4  # of the time budget, for compiling ahead
+CASE_SECONDS = 60  # a case that takes longer hangs: the process ends, and says where
 
 
 def main(arguments=None):
@@ -44,7 +47,10 @@ def parse(arguments):
     )
     parser.add_argument("--minutes", type=float, help="stop measuring after so many (default: 20, with --quick 1)")
     parser.add_argument(
-        "--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that compile"
+        "--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2 or 1), help="processes that compile"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="after the case at which a run in the same folder lost the GPU or hung"
     )
     options = parser.parse_args(arguments)
     options.minutes = options.minutes or (1 if options.quick else 20)
@@ -53,11 +59,11 @@ def parse(arguments):
 
 def without_gpu(options):
     print("Timing needs a CUDA GPU, and torch sees none: inspecting compiled kernels and counting bytes instead.\n")
-    if (report.ROOT / "bench" / "inspect.py").exists():
-        # The interpreter's stand-ins for kernels cannot be compiled.
-        settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        status = subprocess.run([sys.executable, "-m", "bench.inspect"], cwd=report.ROOT, env=settings).returncode
-        print(f"(the inspector ended with status {status})\n")
+    # The interpreter's stand-ins for kernels cannot be compiled.
+    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.inspect", *(["--n", "4096"] if options.quick else [])]
+    status = subprocess.run(command, cwd=report.ROOT, env=settings).returncode
+    print(f"(the inspector ended with status {status})\n")
     memory.main(["--output", str(options.output), *(["--quick"] if options.quick else [])])
     return 0
 
@@ -69,6 +75,8 @@ def run(options, device, clock):
     cases = [case for case in plan(families, options.quick) if options.only in case.key]
     environment = report.environment()
     result = {"environment": environment, "copy_gbps": clock.copy_gbps(), "absent": absent, "records": []}
+    if options.resume:
+        result["records"], cases = resumed(json.loads((options.output / "norms.json").read_text("utf-8")), cases)
     print(report.describe(environment))
     for name, why in absent.items():
         print(f"absent: {name} ({why})")
@@ -76,30 +84,43 @@ def run(options, device, clock):
         done = warm(measure.compile_case, cases, options.workers, WARM_SHARE * 60 * options.minutes)
         print(f"compiled {done} of {len(cases)} cases ahead")
     print(f"copy bandwidth {result['copy_gbps']:.0f} GB/s, {len(cases)} cases\n{measure.HEADER}")
-    lost = measure_all(cases, clock, device, result, deadline, options.output)
+    lost = measure_all(cases, clock, device, result, deadline, options.output / "norms.json")
     finish(result, clock, lost, options.output)
     ours = [r for r in result["records"] if r["contestant"] == "klnorm"]
     return 2 if lost else int(any(r["status"] != "ok" for r in ours))
 
 
-def measure_all(cases, clock, device, result, deadline, output):
+def resumed(before, cases):
+    """(records of an earlier run, cases left); the case that it was running has failed."""
+    records = before["records"]
+
+    def is_done(case):
+        return any(measure.record_of(case).items() <= record.items() for record in records)
+
+    left = [case for case in cases if not is_done(case)]
+    hung = [measure.untimed(c, "failed", "hung, or ended the process") for c in left if c.key == before.get("running")]
+    return [*records, *hung], [case for case in left if case.key != before.get("running")]
+
+
+def measure_all(cases, clock, device, result, deadline, path):
     """Measure case after case until the deadline; whether the GPU was lost."""
-    progress = report.Progress(len(cases))
     cache_bytes = result["environment"]["l2_bytes"] or 0
-    for i, case in enumerate(cases):
-        if time.monotonic() > deadline:
-            result["not_run"] = [case.key for case in cases[i:]]
-            print(f"time is up: {len(result['not_run'])} cases were not run")
-            break
-        progress.begin(case.key)
-        record = measure.measure_case(case, clock, device, cache_bytes)
-        result["records"].append(record)
-        report.save(output / "norms.json", result)
-        progress.finish(measure.line(record, result["copy_gbps"]))
-        if record["status"] == "failed" and device.type == "cuda" and not _alive():
-            print("The GPU answers every call with an error after this case: stopping here.")
-            return True
-    return False
+
+    def measured(case):
+        if device.type == "cuda":
+            faulthandler.dump_traceback_later(CASE_SECONDS, exit=True, file=sys.__stderr__)
+        try:
+            return measure.measure_case(case, clock, device, cache_bytes)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def line(record):
+        return measure.line(record, result["copy_gbps"])
+
+    def lost(record):
+        return record["status"] == "failed" and device.type == "cuda" and not _alive()
+
+    return report.run_through(cases, lambda case: case.key, measured, line, result, path, deadline, lost)
 
 
 def _alive():
@@ -107,6 +128,7 @@ def _alive():
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
     except RuntimeError:
+        print("The GPU answers every call with an error after this case: stopping here.")
         return False
     return True
 
@@ -115,11 +137,10 @@ def finish(result, clock, lost, output):
     """Targets, plot and the last word."""
     if not lost:
         result["copy_gbps_at_end"] = clock.copy_gbps()
+        report.save(output / "norms.json", result)
         print(f"\ncopy bandwidth at the end {result['copy_gbps_at_end']:.0f} GB/s")
-    result["targets"] = evaluate(result["records"], result["copy_gbps"])
-    report.save(output / "norms.json", result)
     print("\nTargets (the worst case of each counts)")
-    for text in lines(result["targets"]):
+    for text in lines(evaluate(result)):
         print(text)
     try:
         plot(result, output / "norms.png")

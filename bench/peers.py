@@ -36,7 +36,7 @@ def build_liger(case, values, device):
 
 
 def build_fla(case, values, device):
-    layers, n = import_module("fla.modules.layernorm"), case.shape.width
+    layers, n = import_module("fla.modules"), case.shape.width
     module = layers.RMSNorm(n, eps=EPS) if case.variant.rms else layers.LayerNorm(n, bias=True, eps=EPS)
     if not case.variant.residual:
         return plain(module, values, device)

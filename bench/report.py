@@ -1,6 +1,7 @@
-"""Where and with what a result came about; files; progress; tables."""
+"""Where and with what a result came about; running through cases; files; progress; tables."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -63,6 +64,38 @@ def save(path, result):
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def reason(error):
+    """An exception as one line of a result."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def run_through(items, key, measure, show, result, path, deadline=math.inf, lost=lambda record: False):
+    """Append the record that `measure` makes of every item to the "records" of `result`, and print it, as `show` says.
+
+    Saved at `path` before and after every item: "running" is the key of one that never came back. Those not begun
+    before the deadline are "not_run". Ends after a record that is `lost`, its item still "running"; whether it did.
+    """
+    progress = Progress(len(items))
+    for i, item in enumerate(items):
+        if time.monotonic() > deadline:
+            result["not_run"] = [key(item) for item in items[i:]]
+            save(path, result)
+            print(f"time is up: {len(items) - i} of {len(items)} were not run")
+            break
+        result["running"] = key(item)
+        save(path, result)
+        progress.begin(key(item))
+        record = measure(item)
+        result["records"].append(record)
+        progress.finish(show(record))
+        if lost(record):
+            save(path, result)
+            return True
+        del result["running"]
+        save(path, result)
+    return False
 
 
 def describe(result_environment):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .cases import name_of, operation_of
 from .report import describe
-from .targets import lines
+from .targets import evaluate, lines
 
 WORST = 8
 FINISHED = re.compile(r"^== (\w+): (.*)$", re.MULTILINE)
@@ -24,12 +24,15 @@ def main(arguments=None):
 def summarize(folder):
     """The lines of the page; what is not there is said to be missing."""
     log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace") if (folder / "log.txt").exists() else ""
-    norms, training = (_load(folder / name) for name in ("norms.json", "train_step.json"))
-    found = norms or training
+    memory, norms, training = (_load(folder / f"{name}.json") for name in ("memory", "norms", "train_step"))
+    found = norms or training or memory
     yield f"klnorm on {describe(found['environment'])}" if found else "klnorm: no results"
     yield ""
     for name, status in FINISHED.findall(log):
         yield f"{name:<12} {status}"
+    for result in filter(None, (memory, norms, training)):
+        if "running" in result:
+            yield f"stopped in   {result['running']}"
     counts = TESTS.findall(log)
     yield f"tests        {counts[0] if counts else 'no count: they did not finish'}"
     for test in FAILED_TEST.findall(log)[:WORST]:
@@ -54,7 +57,7 @@ def _norms(norms):
     for r in bad[:WORST]:
         name = name_of(operation_of(r), r["contestant"])
         yield f"    {name} {r['noise']} {r['shape']} {r['dtype']} {r['status']}: {r['why']}"[:160]
-    targets = norms.get("targets", [])
+    targets = evaluate(norms)
     met, missed = ([v for v in targets if v["met"] is value] for value in (True, False))
     yield f"targets: {len(met)} met, {len(missed)} missed, {len(targets) - len(met) - len(missed)} not measured"
     worst = sorted(missed, key=lambda v: min(v["measured"], v["wanted"]) / max(v["measured"], v["wanted"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from .cases import FAMILY, KLNORM_NOISES, LAYER_NORM, operation_of
 from .contestants import OF_OPERATION
 from .report import describe, markdown
-from .targets import is_target_case, lines, of_operation, speed_ratios
+from .targets import evaluate, is_target_case, lines, of_operation, speed_ratios
 
 
 def main(arguments=None):
@@ -20,25 +20,23 @@ def main(arguments=None):
 
 
 def render_memory(result):
-    """Markdown: what each contestant keeps for backward beside what is normalized and the parameters."""
+    """Markdown: what contestants keep for backward beside what is normalized and the parameters; then the family."""
     counted = [r for r in result["records"] if r["dtype"] == "bf16" and r["saved_rest"] is not None]
-    tables = [_kept(of_operation(counted, operation), operation) for operation in OF_OPERATION]
-    return "\n\n".join(table for table in tables if table)
+    parts = [[r for r in counted if operation_of(r) in operations] for operations in (("layer_norm",), FAMILY)]
+    return "\n\n".join(map(_kept, filter(None, parts)))
 
 
-def _kept(records, operation):
-    """Of one operation, at the largest shape; None without records."""
-    if not records:
-        return None
+def _kept(records):
+    """At the largest shape."""
     largest = [r for r in records if r["x_bytes"] == max(r["x_bytes"] for r in records)]
-    noises = list(dict.fromkeys(r["noise"] for r in largest if r["noise"] != LAYER_NORM)) or [LAYER_NORM]
+    noises = list(dict.fromkeys(r["noise"] for r in largest if r["noise"] != LAYER_NORM))
     rows = []
-    for name in dict.fromkeys(r["contestant"] for r in largest):
-        kept = {r["noise"]: r["saved_rest"] for r in largest if r["contestant"] == name}
+    for operation, name in dict.fromkeys((operation_of(r), r["contestant"]) for r in largest):
+        kept = {r["noise"]: r["saved_rest"] for r in of_operation(largest, operation) if r["contestant"] == name}
         cells = (f"{kept.get(noise, kept.get(LAYER_NORM)):,}" for noise in noises)
-        rows.append([OF_OPERATION[operation][name].label, *cells])
-    what = "" if operation == "layer_norm" else f"{operation}: "
-    header = f"{what}bytes beside x ({largest[0]['x_bytes']:,}) and parameters, {largest[0]['shape']} bf16"
+        label = OF_OPERATION[operation][name].label
+        rows.append([label if operation == "layer_norm" else f"{operation}: {label}", *cells])
+    header = f"bytes beside x ({largest[0]['x_bytes']:,}) and parameters, {largest[0]['shape']} bf16"
     return markdown([header, *(f"{noise} noise" for noise in noises)], rows)
 
 
@@ -57,7 +55,7 @@ def render(result):
             parts.append(f"Share of the copy bandwidth, {what}{direction}:\n\n{shares}")
         speedups = _speedups(records, operation)
         parts.append(f"How many times faster, {what}forward and backward, batch noise with KL:\n\n{speedups}")
-    parts.append("```\n" + "\n".join(lines(result["targets"])) + "\n```")
+    parts.append("```\n" + "\n".join(lines(evaluate(result))) + "\n```")
     return "\n\n".join(parts)
 
 

@@ -56,9 +56,9 @@ WALL_RATIO = 1.5  # of one forward and backward call at 8 x 128 x 768, to nn.Lay
 SAVED_BYTES_PER_ROW = 8  # for backward, beyond x (or its sum with a residual), the parameters and an 8-byte seed
 
 
-def evaluate(records, copy_gbps):
+def evaluate(result):
     """A dict per target: name, wanted, measured (None if nothing was), met, at (the worst place)."""
-    done = [r for r in records if r["status"] == "ok"]
+    done, copy_gbps = [r for r in result["records"] if r["status"] == "ok"], result["copy_gbps"]
     layer_norm = of_operation(done, "layer_norm")
     verdicts = [_bandwidth(target, layer_norm, copy_gbps) for target in BANDWIDTH]
     verdicts += [_ratio(contestant, limit, layer_norm) for contestant, limit in RATIO.items()]

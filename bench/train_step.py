@@ -43,7 +43,14 @@ def main(arguments=None):
         compiled = [line for line in lines if line[2]]
         done = warm(compile_line, compiled, len(compiled), WARM_SHARE * 60 * options.minutes)
         print(f"compiled {done} of {len(compiled)} ahead")
-    return measure_all(lines, sizes, device, result, deadline, options.output)
+    path = options.output / "train_step.json"
+
+    def measured(line):
+        return measure_line(line, sizes, device)
+
+    report.run_through(lines, describe, measured, show, result, path, deadline)
+    print(f"results in {path}")
+    return int(any(r["why"] for r in result["records"] if r["norm"].startswith("klnorm")))
 
 
 def parse(arguments):
@@ -60,23 +67,6 @@ def plan(sizes, options):
     names = list(sizes)[:1] if options.quick else list(sizes)
     lines = [(name, norm, False) for name in names for norm in NORMS]
     return lines if options.quick else lines + [(name, norm, True) for norm in COMPILED_NORMS for name in names]
-
-
-def measure_all(lines, sizes, device, result, deadline, output):
-    progress = report.Progress(len(lines))
-    for i, line in enumerate(lines):
-        if time.monotonic() > deadline:
-            result["not_run"] = [list(line) for line in lines[i:]]
-            print(f"time is up: {len(lines) - i} lines were not run")
-            break
-        progress.begin(describe(line))
-        record = measure_line(line, sizes, device)
-        result["records"].append(record)
-        report.save(output / "train_step.json", result)
-        progress.finish(show(record))
-    report.save(output / "train_step.json", result)
-    print(f"results in {output / 'train_step.json'}")
-    return int(any(r["why"] for r in result["records"] if r["norm"].startswith("klnorm")))
 
 
 def describe(line):
@@ -98,6 +88,9 @@ def measure_line(line, sizes, device):
     name, norm, compiled = line
     record = {"model": name, "norm": norm, "compiled": compiled, "device_ms": None, "wall_ms": None}
     record |= {"peak_bytes": None, "loss": None, "why": None}
+    # The model of the line before is to leave the GPU.
+    torch._dynamo.reset()
+    gc.collect()
     try:
         step = make_step(line, sizes[name], device)
         record["loss"] = step().item()
@@ -107,9 +100,7 @@ def measure_line(line, sizes, device):
         if not torch.isfinite(torch.tensor(record["loss"])):
             record["why"] = f"the loss is {record['loss']}"
     except Exception as error:  # the others are still worth measuring
-        record["why"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    torch._dynamo.reset()
-    gc.collect()
+        record["why"] = report.reason(error)
     return record
 
 

@@ -39,6 +39,12 @@ def _poisoned_and_deterministic():
 
 
 @pytest.fixture
+def no_gpu(monkeypatch):
+    """Without a GPU, whatever the machine has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
 def fresh_dynamo():
     """torch.compile without what an earlier test compiled, and without leaving anything."""
     torch._dynamo.reset()

@@ -1,6 +1,5 @@
 """The benchmark's rows beside LayerNorm: RMSNorm, residual addition, parameters per group, deterministic reading."""
 
-import functools
 import itertools
 import json
 import sys
@@ -9,6 +8,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from test_bench import CPU, EVERYONE, GATE, TINY, X_BYTES, FakeClock
 from torch import nn
 
 from bench import eager, layers, measure, memory, norms, summary, table, targets
@@ -17,10 +17,7 @@ from bench.check import Wrong, check
 from bench.contestants import OF_OPERATION, at_hand, contestant_of
 from bench.layers import EPS, Layer, dtype_of, plain
 
-CPU = torch.device("cpu")
-TINY = Shape(4, 6, 16)
-GATE = Shape(4, 32, 64)
-X_BYTES = 4 * 6 * 16 * 4  # of TINY in fp32
+pytestmark = pytest.mark.usefixtures("no_gpu")
 RIGHT = [
     (operation, name, noise)
     for operation in FAMILY
@@ -72,11 +69,35 @@ def test_right_contestants_pass(operation, name, noise, dtype):
 COMPILED = [(operation, name) for operation in FAMILY for name in OF_OPERATION[operation] if name.endswith("compiled")]
 
 
+@pytest.fixture
+def light_compiler(monkeypatch, fresh_dynamo):
+    """torch.compile by a backend that needs no compiler: inductor takes 20 seconds for each. Its options."""
+    options, original = [], torch.compile
+
+    def compile_lightly(forward, **given):
+        options.append(given)
+        return original(forward, **given, backend="aot_eager")
+
+    monkeypatch.setattr(layers.torch, "compile", compile_lightly)
+    return options
+
+
 @pytest.mark.parametrize(("operation", "name"), COMPILED)
-def test_compiled_contestants_pass(operation, name, monkeypatch):
-    """As one graph, run by a backend that needs no compiler: inductor takes 20 seconds for each."""
-    monkeypatch.setattr(layers.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+def test_compiled_contestants_pass(operation, name, light_compiler):
     gate(case_of(operation, name, noises_of(contestant_of(case_of(operation, name)).family)[-1]))
+    assert light_compiler == [{"fullgraph": True, "dynamic": False}]
+
+
+def test_compiled_contestants_of_any_number_of_shapes(light_compiler):
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in 8, 16:
+            gate(Case("compiled", "none", Shape(2, 3, width), "fp32"))
+
+
+def test_compiled_contestants_go_backward_over_and_over(light_compiler):
+    call = measure.calls(*measure.build(case_of("layer_norm", "eager_compiled", "token"), CPU, 1))["backward"]()
+    call(0)
+    call(0)
 
 
 def test_gate_goes_through_chunks(monkeypatch):
@@ -259,23 +280,60 @@ def quack_stand_in(
     return (y, total) if prenorm else y
 
 
-class ApexStandIn(nn.RMSNorm):
+def quack_forward_stand_in(x, weight, bias=None, eps=1e-6, return_rstd=False, return_mean=False):
+    mean = x.float().mean(1)
+    rstd = (x.float().var(1, correction=0) + eps).rsqrt()
+    xhat = (x.float() - mean[:, None]) * rstd[:, None]
+    return (xhat * weight + bias).to(x.dtype), *([rstd] if return_rstd else []), *([mean] if return_mean else [])
+
+
+def quack_backward_stand_in(x, weight, dout, rstd, mean, has_bias=True):
+    xhat, dy = (x.float() - mean[:, None]) * rstd[:, None], dout.float()
+    dxhat = dy * weight
+    along = dxhat.mean(1, keepdim=True) + xhat * (dxhat * xhat).mean(1, keepdim=True)
+    return (rstd[:, None] * (dxhat - along)).to(x.dtype), (dy * xhat).sum(0), dy.sum(0) if has_bias else None
+
+
+class ApexRMSNorm(nn.RMSNorm):
     def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
         super().__init__(normalized_shape, eps)
 
 
+class ApexLayerNorm(nn.LayerNorm):
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
+        super().__init__(normalized_shape, eps)
+
+
+class ApexFastLayerNorm(nn.LayerNorm):
+    def __init__(self, hidden_size, eps=1e-5, memory_efficient=False):
+        super().__init__(hidden_size, eps)
+
+
+class LigerLayerNorm(nn.LayerNorm):
+    def __init__(self, hidden_size, eps=1e-6, bias=False, init_fn="ones"):
+        super().__init__(hidden_size, eps, bias=bias)
+
+    def forward(self, hidden_states):
+        y = F.layer_norm(hidden_states.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+        return y.to(hidden_states.dtype)
+
+
 STAND_INS = {
-    "apex.normalization": {"FusedRMSNorm": ApexStandIn},
+    "apex.normalization": {"FusedLayerNorm": ApexLayerNorm, "FusedRMSNorm": ApexRMSNorm},
+    "apex.contrib.layer_norm": {"FastLayerNorm": ApexFastLayerNorm},
     "fused_layer_norm_cuda": {},
+    "liger_kernel.transformers.layer_norm": {"LigerLayerNorm": LigerLayerNorm},
     "liger_kernel.transformers.rms_norm": {"LigerRMSNorm": LigerStandIn},
     "liger_kernel.transformers.fused_add_rms_norm": {"LigerFusedAddRMSNorm": LigerStandIn},
-    "quack.rmsnorm": {"rmsnorm": quack_stand_in},
-    "fla.modules.layernorm": {"LayerNorm": FlaStandIn, "RMSNorm": FlaStandIn},
-}
+    "quack.rmsnorm": {
+        "rmsnorm": quack_stand_in, "layernorm_fwd": quack_forward_stand_in, "layernorm_bwd": quack_backward_stand_in
+    },
+    "fla.modules": {"LayerNorm": FlaStandIn, "RMSNorm": FlaStandIn},
+}  # fmt: skip
 PEERS = [
     (operation, name)
-    for operation in FAMILY
-    for name, contestant in OF_OPERATION[operation].items()
+    for operation, contestants in OF_OPERATION.items()
+    for name, contestant in contestants.items()
     if contestant.requires
 ]
 
@@ -302,8 +360,6 @@ def test_absent_peers_are_listed(monkeypatch):
 
 
 # ---- Cases, traffic, targets -----------------------------------------------------------------------------------------
-
-EVERYONE = {operation: {name: c.family for name, c in those.items()} for operation, those in OF_OPERATION.items()}
 
 
 def test_plan_puts_layer_norm_first():
@@ -351,7 +407,7 @@ def test_residual_targets_are_the_ratios_of_traffic():
         record_of("residual", "klnorm", "batch", shape, (0.79, 1.4)),
         record_of("rms_residual", "klnorm", "batch", shape, (0.1, 0.1)),
     ]
-    verdicts = {v["target"]: v for v in targets.evaluate(records, 3000.0)}
+    verdicts = {v["target"]: v for v in targets.evaluate({"records": records, "copy_gbps": 3000.0})}
     wanted = {"forward": (4 / 5, 0.79, True), "backward": (4 / 6, 0.7, False), "both": (8 / 11, 0.73, False)}
     for direction, (limit, measured, met) in wanted.items():
         verdict = verdicts[f"residual, {direction}, batch: time over add, then klnorm"]
@@ -369,7 +425,7 @@ def test_operations_do_not_answer_for_each_other():
         record_of("rms_norm", "native", "none", shape, (1.0, 1.0)),
         record_of("groups", "klnorm", "batch", shape, (9.0, 9.0), gbps=30.0),
     ]
-    verdicts = {v["target"]: v for v in targets.evaluate(records, 3000.0)}
+    verdicts = {v["target"]: v for v in targets.evaluate({"records": records, "copy_gbps": 3000.0})}
     name = "forward, eval/batch/sample, N=1024 to 8192: share of copy"
     assert verdicts[name]["measured"] == pytest.approx(2950 / 3000)
     assert verdicts[f"rms_norm, {name}"]["measured"] == pytest.approx(0.5)
@@ -407,26 +463,12 @@ def test_memory_covers_the_family(tmp_path, monkeypatch, capsys):
     assert all(r["why"] is None for r in result["records"])
     assert table.main([str(tmp_path / "memory.json")]) == 0
     text = capsys.readouterr().out
-    assert "| residual: bytes beside x (768) and parameters, 24x16 bf16 | batch noise |" in text
-    assert "| add, then klnorm | 200 |" in text
+    assert text.count("| bytes beside x (768) and parameters, 24x16 bf16 | batch noise |") == 1
+    assert "| residual: add, then klnorm | 200 |" in text
+    assert "| deterministic: klnorm | 192 |" in text
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
-
-
-class StandingClock:
-    """A clock on which every call takes a quarter of a millisecond."""
-
-    def copy_gbps(self):
-        return 2000.0
-
-    def batch(self, call, count, host_ms):
-        call(0)
-        return 0.25 * count, False
-
-    def host(self, call, count):
-        call(0)
-        return 0.1, 0.5
 
 
 def test_run_with_the_family(tmp_path, monkeypatch, capsys):
@@ -436,7 +478,7 @@ def test_run_with_the_family(tmp_path, monkeypatch, capsys):
     cases = [Case(name, noise, shape, "bf16", operation) for name, noise, operation in lines]
     monkeypatch.setattr(targets, "TARGET_ELEMENTS", shape.elements)
     monkeypatch.setattr(norms, "plan", lambda families, quick: cases)
-    assert norms.run(norms.parse(["--output", str(tmp_path)]), CPU, StandingClock()) == 0
+    assert norms.run(norms.parse(["--output", str(tmp_path)]), CPU, FakeClock([0.25])) == 0
     printed = capsys.readouterr().out
     assert "24x1024 bf16 residual " in printed
     assert "absent: rms_residual/quack (" in printed
