@@ -5,6 +5,7 @@ import resource
 import statistics
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 from sklearn.metrics import matthews_corrcoef, roc_auc_score
@@ -12,7 +13,7 @@ from sklearn.metrics import matthews_corrcoef, roc_auc_score
 import klnorm
 from klnorm.demo_report import accuracy, calibration_error, nll, reliability
 
-from ..saved import saved_bytes
+from ..measure import saved_bytes
 from .arms import ARMS, RHO_LR, WARMUP
 from .data import TASKS, splits_of
 from .models import load_tokenizer, make_classifier
@@ -130,11 +131,12 @@ def _metrics(probabilities, labels):
 
 
 def _saved(arm, split, batch, device):
-    """Bytes that autograd keeps for backward of one batch, parameters left out: exact, and the same in every run."""
+    """Bytes that autograd keeps for backward of one batch, parameters and buffers left out: exact, and the same in every run."""
     arm.training_mode()
     arguments, labels = split.batch(range(min(batch, len(split))), device)
-    parameters = list(arm.model.parameters())
-    *_, others = saved_bytes(lambda: (arm.loss(arguments, labels),), (), parameters)
+    parameters, buffers = dict(arm.model.named_parameters()), list(arm.model.buffers())
+    step = SimpleNamespace(forward=lambda: (arm.loss(arguments, labels),), parameters=parameters, buffers=buffers)
+    *_, others = saved_bytes(step, ())
     return others
 
 
