@@ -131,7 +131,7 @@ def _metrics(probabilities, labels):
 
 
 def _saved(arm, split, batch, device):
-    """Bytes that autograd keeps for backward of one batch, parameters and buffers left out: exact, and the same in every run."""
+    """Bytes that autograd keeps for backward of one batch, parameters and buffers left out: an exact count."""
     arm.training_mode()
     arguments, labels = split.batch(range(min(batch, len(split))), device)
     parameters, buffers = dict(arm.model.named_parameters()), list(arm.model.buffers())
