@@ -43,14 +43,28 @@ def test_every_position_belongs_to_one_program(draws, rows_per_draw, programs, b
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("clusters", [False, True])
-def test_tiles(n, itemsize, backward, clusters):
-    tile = tuning.tile(n, itemsize, backward, clusters)
+@pytest.mark.parametrize("merged", [False, True])
+def test_tiles(n, itemsize, backward, clusters, merged):
+    tile = tuning.tile(n, itemsize, backward, clusters, merged)
     assert tile.wide == (tile.block_n < n)
     for power in tile.block_m, tile.block_n, tile.num_warps, tile.num_ctas:
         assert power & (power - 1) == 0
     assert tile.block_n >= 8  # the noise comes in eights
     assert tile.block_m * tile.block_n // tile.num_ctas <= max(tuning.TILE_ELEMENTS, tuning.REGISTER_WIDTH)
     assert tile.num_ctas == 1 or clusters
+    assert tile.pieces == 1 or (backward and merged and not tile.wide)
+
+
+@pytest.mark.parametrize(
+    ("n", "itemsize", "pieces"), [(4096, 2, 1), (4097, 2, 4), (6144, 2, 4), (6145, 2, 2), (8192, 2, 2), (8192, 4, 4)]
+)
+def test_rows_in_pieces_take_a_multiprocessor_each(n, itemsize, pieces):
+    """65,536 registers of a multiprocessor: 8 warps of 32 threads with up to 255."""
+    tile = tuning.tile(n, itemsize, backward=True, merged=True)
+    assert tile.pieces == pieces
+    if pieces > 1:
+        assert tile.num_warps == 8
+        assert tuning.backward_runs(1 << 20, 1 << 20, 1, tile, n, itemsize, 132).programs == 132
 
 
 @pytest.mark.parametrize(
@@ -123,7 +137,7 @@ def test_launches_of_clusters(monkeypatch, clusters):
     programs = [call.grid for call in calls.values()]
     assert launched == list(zip(programs, [4, 4, 1] if clusters else [1] * 3, [8, 8, 4], strict=True))
     partial = calls["finalize"].args[0]
-    assert partial.shape == (4, programs[1][0], 16384)
+    assert partial.shape == (programs[1][0], 4, 16384)
 
 
 @triton.jit
