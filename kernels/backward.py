@@ -109,49 +109,51 @@ def _beside(left, right):
 
 
 @triton.jit
-def _add_pieces(
+def _add_half(
+    sum_w, sum_b, sum_s, sum_t,
+    x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, first_col, x_stride, dy_stride,
+    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(xhat, dxhat, rstd, the column sums with the tile added); the parameters come from this program's slots."""
+    cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+    weight = tl.load(own_ptr + WEIGHT_SUM * N + cols, cols < N, other=0.0)
+    scale_var = tl.load(own_ptr + SCALE_SUM * N + cols, cols < N, other=0.0)
+    shift_var = tl.load(own_ptr + SHIFT_SUM * N + cols, cols < N, other=1.0)  # never 0: its root divides
+    xhat, dy, dxhat, u, rstd = _tile_gradients(
+        x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, weight, scale_var, shift_var,
+        k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
+    )  # fmt: skip
+    sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
+    return xhat, dxhat, rstd, sum_w, sum_b, sum_s, sum_t
+
+
+@triton.jit
+def _add_halves(
     sum_w, sum_b, sum_s, sum_t,
     x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, x_stride, dy_stride,
-    FIRST_COL: tl.constexpr,
     HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr,
-    N: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(xhat, dxhat, rstd, the column sums with the tile added), piece after piece of the row.
+    """(xhat, dxhat, rstd, the column sums with the tile added), one half of the row after the other.
 
-    A piece loads its parameters just before use, from L1: those of the whole row do not fit beside the sums.
+    A half loads its parameters just before use, from L1: those of the whole row do not fit beside the sums.
     """
-    if PIECES > 1:
-        HALF: tl.constexpr = BLOCK_N // 2
-        w0, w1 = _halves(sum_w)
-        b0, b1 = _halves(sum_b)
-        s0, s1 = _halves(sum_s)
-        t0, t1 = _halves(sum_t)
-        xhat0, dxhat0, rstd, w0, b0, s0, t0 = _add_pieces(
-            w0, b0, s0, t0,
-            x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, x_stride, dy_stride,
-            FIRST_COL, HAS_BIAS, NOISE, FAST, N, VEC, HALF, PIECES // 2,
-        )  # fmt: skip
-        if FIRST_COL + HALF < N:
-            xhat1, dxhat1, rstd, w1, b1, s1, t1 = _add_pieces(
-                w1, b1, s1, t1,
-                x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, x_stride, dy_stride,
-                FIRST_COL + HALF, HAS_BIAS, NOISE, FAST, N, VEC, HALF, PIECES // 2,
-            )  # fmt: skip
-        else:
-            xhat1, dxhat1 = tl.zeros_like(xhat0), tl.zeros_like(xhat0)
-        xhat, dxhat = _beside(xhat0, xhat1), _beside(dxhat0, dxhat1)
-        return xhat, dxhat, rstd, _beside(w0, w1), _beside(b0, b1), _beside(s0, s1), _beside(t0, t1)
-    else:
-        cols = FIRST_COL + tl.arange(0, BLOCK_N)[None, :]
-        weight = tl.load(own_ptr + WEIGHT_SUM * N + cols, cols < N, other=0.0)
-        scale_var = tl.load(own_ptr + SCALE_SUM * N + cols, cols < N, other=0.0)
-        shift_var = tl.load(own_ptr + SHIFT_SUM * N + cols, cols < N, other=1.0)  # never 0: its root divides
-        xhat, dy, dxhat, u, rstd = _tile_gradients(
-            x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, weight, scale_var, shift_var,
-            k0, k1, FIRST_COL, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
-        )  # fmt: skip
-        sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
-        return xhat, dxhat, rstd, sum_w, sum_b, sum_s, sum_t
+    HALF: tl.constexpr = BLOCK_N // 2
+    w0, w1 = _halves(sum_w)
+    b0, b1 = _halves(sum_b)
+    s0, s1 = _halves(sum_s)
+    t0, t1 = _halves(sum_t)
+    xhat0, dxhat0, rstd, w0, b0, s0, t0 = _add_half(
+        w0, b0, s0, t0, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, 0, x_stride, dy_stride,
+        HAS_BIAS, NOISE, FAST, N, VEC, HALF,
+    )  # fmt: skip
+    xhat1, dxhat1, rstd, w1, b1, s1, t1 = _add_half(
+        w1, b1, s1, t1, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, HALF, x_stride, dy_stride,
+        HAS_BIAS, NOISE, FAST, N, VEC, HALF,
+    )  # fmt: skip
+    xhat, dxhat = _beside(xhat0, xhat1), _beside(dxhat0, dxhat1)
+    return xhat, dxhat, rstd, _beside(w0, w1), _beside(b0, b1), _beside(s0, s1), _beside(t0, t1)
 
 
 @triton.jit
@@ -201,7 +203,7 @@ def backward_kernel(
     group_rows, all_draws, all_inner,
     HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr,
     FAST: tl.constexpr,
-    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
     SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BLOCK_N features, whole in registers; program i owns the i-th run of rows."""
@@ -219,7 +221,7 @@ def backward_kernel(
         scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, own, cols < N, NOISE, ACC)
         weight = load_parameter(weight_ptr, own, cols < N, 0.0, ACC)
         gamma = sample(weight, scale_std, k0, k1, group_draw + draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
-        if PIECES > 1:  # until the sums are stored, their slots hold the parameters
+        if HALVES:  # until the sums are stored, their slots hold the parameters
             tl.store(own_ptr + WEIGHT_SUM * N + cols, weight, cols < N)
             tl.store(own_ptr + SCALE_SUM * N + cols, scale_var, cols < N)
             tl.store(own_ptr + SHIFT_SUM * N + cols, shift_var, cols < N)
@@ -230,11 +232,11 @@ def backward_kernel(
         for top in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
             position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
             row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
-            if PIECES > 1:
-                xhat, dxhat, rstd, sum_w, sum_b, sum_s, sum_t = _add_pieces(
+            if HALVES:
+                xhat, dxhat, rstd, sum_w, sum_b, sum_s, sum_t = _add_halves(
                     sum_w, sum_b, sum_s, sum_t, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr,
                     row, position < last, k0, k1, x_stride, dy_stride,
-                    0, HAS_BIAS, NOISE, FAST, N, VEC, BLOCK_N, PIECES,
+                    HAS_BIAS, NOISE, FAST, N, VEC, BLOCK_N,
                 )  # fmt: skip
             else:
                 xhat, dy, dxhat, u, rstd = _tile_gradients(

@@ -181,7 +181,8 @@ class BackwardPlan(NamedTuple):
 
 
 def _backward_plan(target, layout, n_cols, itemsize):
-    tile = tuning.tile(n_cols, itemsize, True, target.clusters, layout.noise == "merged")
+    merged = layout.noise == "merged" and tuning.splits_in_registers(triton.__version__)
+    tile = tuning.tile(n_cols, itemsize, True, target.clusters, merged)
     runs = tuning.backward_runs(
         layout.group_rows, layout.draws, layout.groups, tile, n_cols, itemsize, target.multiprocessors
     )
@@ -200,7 +201,7 @@ def backward_call(target, plan, rows, dy_rows, dsum_rows, parameters, seed, mean
         *_strides(vec, rows, dy_rows, dsum_rows), *_walk(layout, runs), *_places(layout),
     )  # fmt: skip
     constants = {
-        "HAS_BIAS": bias is not None, "SLOTS": slots, **({} if tile.wide else {"PIECES": tile.pieces}),
+        "HAS_BIAS": bias is not None, "SLOTS": slots, **({} if tile.wide else {"HALVES": tile.halves}),
         **_constants(target, layout, runs, tile, n_cols, vec),
     }  # fmt: skip
     kernel = backward_wide_kernel if tile.wide else backward_kernel

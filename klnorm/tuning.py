@@ -26,9 +26,9 @@ PARTIAL_BYTES = 32 << 20  # of partial sums that a backward may take in any case
 class Tile(NamedTuple):
     """Shape of the tile a program works on; `wide` rows are worked through in pieces of `block_n`.
 
-    A program is a cluster of `num_ctas` blocks of `num_warps` warps each, on as many multiprocessors. With several
-    `pieces`, a row stays in registers but its parameters are loaded piece by piece; such a program, of half the warps
-    with twice the registers, has its multiprocessor to itself.
+    A program is a cluster of `num_ctas` blocks of `num_warps` warps each, on as many multiprocessors. With `halves`, a
+    row stays in registers but its parameters are loaded half by half; such a program, of half the warps with twice the
+    registers, has its multiprocessor to itself.
     """
 
     block_m: int
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
     num_stages: int
     wide: bool
     num_ctas: int = 1
-    pieces: int = 1
+    halves: bool = False
 
 
 class Runs(NamedTuple):
@@ -66,19 +66,25 @@ def has_clusters(capability, triton_version):
     return capability >= (9, 0) and reaches(triton_version, (3, 9))
 
 
+@functools.lru_cache
+def splits_in_registers(triton_version):
+    """Whether halves of a tile stay where they are; older versions send them through shared memory."""
+    return reaches(triton_version, (3, 7))
+
+
 @functools.lru_cache(1024)
 def tile(n_cols, itemsize, backward=False, clusters=False, merged=False):
     """The tile for rows of `n_cols` features of `itemsize` bytes, on a device that has `clusters` or not.
 
-    `merged`: every row has noise of its own, whose backward takes four sums and three parameters a feature.
+    `merged`: every row has noise of its own, whose backward takes four sums and three parameters a feature; only where
+    Triton `splits_in_registers`.
     """
     num_ctas = _cluster_size(n_cols, itemsize, backward) if clusters else 1
     if num_ctas == 1 and n_cols > (REGISTER_WIDTH_FP64 if itemsize == 8 else REGISTER_WIDTH):
         return Tile(1, 1024 if itemsize == 8 else 2048 if backward else 4096, 8, 1, True)
     block_n = max(16, next_power_of_2(n_cols))
     if backward and merged and num_ctas == 1 and n_cols > KEPT_WIDTH:
-        # Two pieces take fewer instructions than four, unless one of the four is empty; those of fp32 would spill.
-        return Tile(1, block_n, 8, 1, False, pieces=2 if itemsize == 2 and n_cols > 0.75 * block_n else 4)
+        return Tile(1, block_n, 8, 1, False, halves=True)
     block_m = max(1, TILE_ELEMENTS // block_n // (itemsize // 2 or 1))
     return Tile(block_m, block_n, min(16, max(4, block_n // num_ctas // 512)), 1, False, num_ctas)
 
@@ -120,7 +126,7 @@ def _resident(tile, multiprocessors):
     """Programs that run at once, at 16 warps of 128 registers a multiprocessor; clusters as whole groups hold."""
     if tile.num_ctas > 1:
         multiprocessors = max(1, multiprocessors // CLUSTER_GROUP * CLUSTER_GROUP // tile.num_ctas)
-    return multiprocessors * (1 if tile.pieces > 1 else max(1, 16 // tile.num_warps))
+    return multiprocessors * (1 if tile.halves else max(1, 16 // tile.num_warps))
 
 
 def finalizer_tile(n_cols):

@@ -194,22 +194,22 @@ def test_wide_rows_as_tuned(device, monkeypatch, noise):
     Problem(device, (3, 2), 9001, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
-def four_pieces(monkeypatch):
-    monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 128, 4, 1, False, pieces=4))
+def in_halves(monkeypatch):
+    monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 128, 4, 1, False, halves=True))
 
 
-@pytest.mark.parametrize("n", [128, 97, 33])  # of four pieces the last one is full, nearly empty; two are left out
+@pytest.mark.parametrize("n", [128, 97, 33])  # the second half is full, partly filled, empty
 @pytest.mark.parametrize("bias", [True, False])
-def test_rows_in_pieces(device, monkeypatch, multiprocessors, n, bias):
-    """Rows in registers whose backward loads their parameters piece by piece."""
-    four_pieces(monkeypatch)
+def test_rows_in_halves(device, monkeypatch, multiprocessors, n, bias):
+    """Rows in registers whose backward loads their parameters half by half."""
+    in_halves(monkeypatch)
     Problem(device, (7, 3), n, "token", bias=bias, dtype=torch.bfloat16).check(monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("n", "dtype"), [(4104, torch.float16), (8191, torch.bfloat16), (8192, torch.float32)], ids=str
 )
-def test_rows_in_pieces_as_tuned(device, monkeypatch, n, dtype):
+def test_rows_in_halves_as_tuned(device, monkeypatch, n, dtype):
     few_finalizer_programs(device, monkeypatch)
     Problem(device, (3, 2), n, "token", dtype=dtype).check(monkeypatch)
 
@@ -378,8 +378,8 @@ def test_family_of_wide_rows(device, monkeypatch, options, noise):
 
 
 @pytest.mark.parametrize("options", ["rms", "residual", "groups", "all"])
-def test_family_of_rows_in_pieces(device, monkeypatch, options):
-    four_pieces(monkeypatch)
+def test_family_of_rows_in_halves(device, monkeypatch, options):
+    in_halves(monkeypatch)
     Problem(device, (3, 5, 2), 120, "token", **FAMILY[options]).check(monkeypatch)
 
 

@@ -52,17 +52,20 @@ def test_tiles(n, itemsize, backward, clusters, merged):
     assert tile.block_n >= 8  # the noise comes in eights
     assert tile.block_m * tile.block_n // tile.num_ctas <= max(tuning.TILE_ELEMENTS, tuning.REGISTER_WIDTH)
     assert tile.num_ctas == 1 or clusters
-    assert tile.pieces == 1 or (backward and merged and not tile.wide)
+    assert not tile.halves or (backward and merged and not tile.wide)
 
 
-@pytest.mark.parametrize(
-    ("n", "itemsize", "pieces"), [(4096, 2, 1), (4097, 2, 4), (6144, 2, 4), (6145, 2, 2), (8192, 2, 2), (8192, 4, 4)]
-)
-def test_rows_in_pieces_take_a_multiprocessor_each(n, itemsize, pieces):
+@pytest.mark.parametrize(("version", "expected"), [("3.2.0", False), ("3.7.1", True), ("3.10.0", True)])
+def test_splits_in_registers(version, expected):
+    assert tuning.splits_in_registers(version) is expected
+
+
+@pytest.mark.parametrize(("n", "itemsize", "halves"), [(4096, 2, False), (4097, 2, True), (8192, 4, True)])
+def test_rows_in_halves_take_a_multiprocessor_each(n, itemsize, halves):
     """65,536 registers of a multiprocessor: 8 warps of 32 threads with up to 255."""
     tile = tuning.tile(n, itemsize, backward=True, merged=True)
-    assert tile.pieces == pieces
-    if pieces > 1:
+    assert tile.halves == halves
+    if halves:
         assert tile.num_warps == 8
         assert tuning.backward_runs(1 << 20, 1 << 20, 1, tile, n, itemsize, 132).programs == 132
 
