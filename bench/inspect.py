@@ -71,8 +71,6 @@ EXTRA = {
     ("forward", "shared, middle"): {1024: 2.5, 4096: 0.5, 8192: 0.5},
     ("forward", "shared, residual"): {4096: 0.5, 8192: 0.5},
 }
-# Bytes of registers spilled at N = 8192. The target is 0: these are missed (bench/NOTES.md), and must not grow.
-SPILLS = {("backward", "token", 8192): 144, ("backward", "token, residual", 8192): 152}
 CHECKED_WIDTHS = 1024, 4096, 8192
 VECTOR_WIDTHS = 768, 1000, 3072, 5120, 12288
 ROW_SCALARS = 6  # accesses of single numbers of a row in one loop, at most: mean, rstd, row sums
@@ -100,7 +98,7 @@ def calls(n_cols, dtype, mode, arch):
         target, layout, rows, residual, parameters, seed, rows, residual, mean, rstd, kl, {**numbers, "eps": 1e-5}
     )
     plan = launch._backward_plan(target, layout, n_cols, rows.element_size())
-    partial = tensor(plan.slots, groups * plan.runs.programs, n_cols, dtype=acc)
+    partial = tensor(groups * plan.runs.programs, plan.slots, n_cols, dtype=acc)
     backward = launch.backward_call(
         target, plan, rows, rows, residual, parameters, seed, mean, rstd, (rows, None, partial)
     )
@@ -195,9 +193,9 @@ def check(rows):
     """What is past the budget, as messages."""
     for row in rows:
         name = f"{row['kind']} {row['mode']} N={row['n']} {row['dtype']} {row['arch']}"
-        spilled, allowed = row["stack"] + row["local"], SPILLS.get((row["kind"], row["mode"], row["n"]), 0)
-        if row["n"] == 8192 and spilled > allowed:
-            yield f"{name}: {spilled} bytes spilled, budget {allowed}"
+        spilled = row["stack"] + row["local"]
+        if row["n"] == 8192 and spilled:
+            yield f"{name}: {spilled} bytes spilled, budget 0"
         if row["kind"] == "finalize":
             continue
         budget = BUDGET[row["kind"], "token" if row["mode"].startswith("token") else "shared"].get(row["n"], math.inf)

@@ -7,7 +7,7 @@ from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import load_std, sample, shared_normals
 from .rows import BATCH_SIZES, draws_of, group_start, in_group, load_parameter, row_at, run_of, tile_at
 
-# Slots of the partial sums [slot, program, feature].
+# Slots of the partial sums [program, slot, feature].
 WEIGHT_SUM = tl.constexpr(0)  # of dy * xhat
 BIAS_SUM = tl.constexpr(1)  # of dy
 SCALE_SUM = tl.constexpr(2)  # of dy * xhat * eps_gamma (shared draws), of u * xhat^2 (merged draws)
@@ -95,6 +95,74 @@ def _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE: tl.constexpr, HAS_
 
 
 @triton.jit
+def _halves(tile):
+    """The left and the right half [rows, n] of a tile [rows, 2 n]."""
+    halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
+def _beside(left, right):
+    """The tile [rows, 2 n] of two halves [rows, n]."""
+    halves = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(halves, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def _add_half(
+    sum_w, sum_b, sum_s, sum_t,
+    x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, first_col, x_stride, dy_stride,
+    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(xhat, dxhat, rstd, the column sums with the tile added); the parameters come from this program's slots."""
+    cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+    weight = tl.load(own_ptr + WEIGHT_SUM * N + cols, cols < N, other=0.0)
+    scale_var = tl.load(own_ptr + SCALE_SUM * N + cols, cols < N, other=0.0)
+    shift_var = tl.load(own_ptr + SHIFT_SUM * N + cols, cols < N, other=1.0)  # never 0: its root divides
+    xhat, dy, dxhat, u, rstd = _tile_gradients(
+        x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, weight, scale_var, shift_var,
+        k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
+    )  # fmt: skip
+    sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
+    return xhat, dxhat, rstd, sum_w, sum_b, sum_s, sum_t
+
+
+@triton.jit
+def _add_halves(
+    sum_w, sum_b, sum_s, sum_t,
+    x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, x_stride, dy_stride,
+    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(xhat, dxhat, rstd, the column sums with the tile added), one half of the row after the other.
+
+    A half loads its parameters just before use, from L1: those of the whole row do not fit beside the sums.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    w0, w1 = _halves(sum_w)
+    b0, b1 = _halves(sum_b)
+    s0, s1 = _halves(sum_s)
+    t0, t1 = _halves(sum_t)
+    xhat0, dxhat0, rstd, w0, b0, s0, t0 = _add_half(
+        w0, b0, s0, t0, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, 0, x_stride, dy_stride,
+        HAS_BIAS, NOISE, FAST, N, VEC, HALF,
+    )  # fmt: skip
+    xhat1, dxhat1, rstd, w1, b1, s1, t1 = _add_half(
+        w1, b1, s1, t1, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, HALF, x_stride, dy_stride,
+        HAS_BIAS, NOISE, FAST, N, VEC, HALF,
+    )  # fmt: skip
+    xhat, dxhat = _beside(xhat0, xhat1), _beside(dxhat0, dxhat1)
+    return xhat, dxhat, rstd, _beside(w0, w1), _beside(b0, b1), _beside(s0, s1), _beside(t0, t1)
+
+
+@triton.jit
+def _own_slots(partial_ptr, N: tl.constexpr, SLOTS: tl.constexpr):
+    """The partial sums [SLOTS, N] of this program."""
+    return partial_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (SLOTS * N)
+
+
+@triton.jit
 def _store_sum(ptr, cols, value, FIRST, SPAN: tl.constexpr, N: tl.constexpr):
     """ptr[cols] += value [1, BLOCK_N]; = value where a program has a single draw, or has its first."""
     if SPAN:
@@ -104,28 +172,26 @@ def _store_sum(ptr, cols, value, FIRST, SPAN: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _store_sums(
-    partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, first_col, cols, FIRST,
+    own_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, draw, first_col, cols, FIRST,
     NOISE: tl.constexpr, SPAN: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr,
     BLOCK_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Write the column sums [BLOCK_M, BLOCK_N] of a draw; SPAN: a program adds up draws, each with its noise."""
-    slot = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * N
-    own_ptr = partial_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * N
     sum_w = tl.sum(sum_w, axis=0, keep_dims=True)
     sum_b = tl.sum(sum_b, axis=0, keep_dims=True)
-    _store_sum(own_ptr + WEIGHT_SUM * slot, cols, sum_w, FIRST, SPAN, N)
+    _store_sum(own_ptr + WEIGHT_SUM * N, cols, sum_w, FIRST, SPAN, N)
     if HAS_BIAS:
-        _store_sum(own_ptr + BIAS_SUM * slot, cols, sum_b, FIRST, SPAN, N)
+        _store_sum(own_ptr + BIAS_SUM * N, cols, sum_b, FIRST, SPAN, N)
     if NOISE == "merged":
-        _store_sum(own_ptr + SCALE_SUM * slot, cols, tl.sum(sum_s, axis=0, keep_dims=True), FIRST, SPAN, N)
+        _store_sum(own_ptr + SCALE_SUM * N, cols, tl.sum(sum_s, axis=0, keep_dims=True), FIRST, SPAN, N)
         if HAS_BIAS:
-            _store_sum(own_ptr + SHIFT_SUM * slot, cols, tl.sum(sum_t, axis=0, keep_dims=True), FIRST, SPAN, N)
+            _store_sum(own_ptr + SHIFT_SUM * N, cols, tl.sum(sum_t, axis=0, keep_dims=True), FIRST, SPAN, N)
     if SPAN:
         z = shared_normals(k0, k1, draw, first_col, SCALE_STREAM, BLOCK_N, FAST).to(sum_w.dtype)
-        _store_sum(own_ptr + SCALE_SUM * slot, cols, sum_w * z, FIRST, SPAN, N)
+        _store_sum(own_ptr + SCALE_SUM * N, cols, sum_w * z, FIRST, SPAN, N)
         if HAS_BIAS:
             z = shared_normals(k0, k1, draw, first_col, SHIFT_STREAM, BLOCK_N, FAST).to(sum_b.dtype)
-            _store_sum(own_ptr + SHIFT_SUM * slot, cols, sum_b * z, FIRST, SPAN, N)
+            _store_sum(own_ptr + SHIFT_SUM * N, cols, sum_b * z, FIRST, SPAN, N)
         tl.debug_barrier()  # the next draw reads these sums back
 
 
@@ -137,13 +203,15 @@ def backward_kernel(
     group_rows, all_draws, all_inner,
     HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr,
     FAST: tl.constexpr,
-    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
+    SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BLOCK_N features, whole in registers; program i owns the i-th run of rows."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     RMS: tl.constexpr = mean_ptr is None
     cols = tl.arange(0, BLOCK_N)[None, :]
     own = in_group(cols, N, GROUPED)
+    own_ptr = _own_slots(partial_ptr, N, SLOTS)
     k0, k1 = load_key(seed_ptr)
     group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_share, share_rows)
@@ -153,24 +221,36 @@ def backward_kernel(
         scale_std, scale_var, shift_var = _deviations(weight_rho_ptr, bias_rho_ptr, own, cols < N, NOISE, ACC)
         weight = load_parameter(weight_ptr, own, cols < N, 0.0, ACC)
         gamma = sample(weight, scale_std, k0, k1, group_draw + draw, 0, SCALE_STREAM, NOISE, BLOCK_N, FAST)
+        if HALVES:  # until the sums are stored, their slots hold the parameters
+            tl.store(own_ptr + WEIGHT_SUM * N + cols, weight, cols < N)
+            tl.store(own_ptr + SCALE_SUM * N + cols, scale_var, cols < N)
+            tl.store(own_ptr + SHIFT_SUM * N + cols, shift_var, cols < N)
+            tl.debug_barrier()
         sum_w = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         sum_b, sum_s, sum_t = sum_w, sum_w, sum_w
         last = tl.minimum(stop, (draw + 1) * rows_per_draw)
         for top in tl.range(tl.maximum(start, draw * rows_per_draw), last, BLOCK_M, num_stages=STAGES):
             position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
             row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
-            xhat, dy, dxhat, u, rstd = _tile_gradients(
-                x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
-                k0, k1, 0, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
-            )  # fmt: skip
-            sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
+            if HALVES:
+                xhat, dxhat, rstd, sum_w, sum_b, sum_s, sum_t = _add_halves(
+                    sum_w, sum_b, sum_s, sum_t, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr,
+                    row, position < last, k0, k1, x_stride, dy_stride,
+                    HAS_BIAS, NOISE, FAST, N, VEC, BLOCK_N,
+                )  # fmt: skip
+            else:
+                xhat, dy, dxhat, u, rstd = _tile_gradients(
+                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
+                    k0, k1, 0, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
+                )  # fmt: skip
+                sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
             along_one, along_xhat = _row_sums(xhat, dxhat, RMS)
             _store_input_gradient(
                 xhat, dxhat, rstd, along_one / N, along_xhat / N, dsum_ptr, dx_ptr, dresidual_ptr,
                 row, cols, (position < last) & (cols < N), dsum_stride, RMS, N, VEC,
             )  # fmt: skip
         _store_sums(
-            partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, 0, cols, draw == first_draw,
+            own_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, 0, cols, draw == first_draw,
             NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
         )  # fmt: skip
 
@@ -183,11 +263,13 @@ def backward_wide_kernel(
     group_rows, all_draws, all_inner,
     HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr,
     FAST: tl.constexpr,
-    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any width, in pieces of BLOCK_N: first the run's row sums [n_rows, 2], then dx and the column sums."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     RMS: tl.constexpr = mean_ptr is None
+    own_ptr = _own_slots(partial_ptr, N, SLOTS)
     k0, k1 = load_key(seed_ptr)
     group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_share, share_rows)
@@ -237,6 +319,6 @@ def backward_wide_kernel(
                     row, cols, (position < last) & (cols < N), dsum_stride, RMS, N, VEC,
                 )  # fmt: skip
             _store_sums(
-                partial_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, first_col, cols, draw == first_draw,
+                own_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, first_col, cols, draw == first_draw,
                 NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
             )  # fmt: skip

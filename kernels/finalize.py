@@ -14,7 +14,7 @@ def _reduce_partials(
     partial_ptr, n_programs, runs_per_share, group_draw, first_col, k0, k1,
     MEAN_SUM: tl.constexpr, STD_SUM: tl.constexpr, STREAM: tl.constexpr,
     NOISE: tl.constexpr, SPAN: tl.constexpr, FAST: tl.constexpr,
-    N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Column sums [1, BLOCK_N] of a mean's slot and its deviation's slot over a group's programs, in a fixed order.
 
@@ -22,17 +22,16 @@ def _reduce_partials(
     """
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     cols = first_col + tl.arange(0, BLOCK_N)[None, :]
-    slot = n_programs.to(tl.int64) * tl.num_programs(1) * N
-    group_ptr = partial_ptr + n_programs.to(tl.int64) * tl.program_id(1) * N
+    group_ptr = partial_ptr + n_programs.to(tl.int64) * tl.program_id(1) * (SLOTS * N)
     mean_sum, std_sum = tl.zeros((BLOCK_P, BLOCK_N), ACC), tl.zeros((BLOCK_P, BLOCK_N), ACC)
     for top in range(0, n_programs, BLOCK_P):
         program = top + tl.arange(0, BLOCK_P)[:, None]
         mask = (program < n_programs) & (cols < N)
-        own_ptr = group_ptr + program.to(tl.int64) * N + cols
-        mean_part = tl.load(own_ptr + MEAN_SUM * slot, mask, other=0.0)
+        own_ptr = group_ptr + program.to(tl.int64) * (SLOTS * N) + cols
+        mean_part = tl.load(own_ptr + MEAN_SUM * N, mask, other=0.0)
         mean_sum += mean_part
         if NOISE == "merged" or SPAN:
-            std_sum += tl.load(own_ptr + STD_SUM * slot, mask, other=0.0)
+            std_sum += tl.load(own_ptr + STD_SUM * N, mask, other=0.0)
         elif NOISE == "shared":
             draw = (group_draw + program // runs_per_share).to(tl.uint32)
             std_sum += mean_part * normals(k0, k1, draw, first_col, STREAM, BLOCK_N, FAST).to(ACC)
@@ -86,7 +85,7 @@ def finalize_kernel(
     n_programs, runs_per_share, group_rows, all_draws, all_inner,
     weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, FLOOR: tl.constexpr,
     NOISE: tl.constexpr, SPAN: tl.constexpr, GROUPED: tl.constexpr, FAST: tl.constexpr,
-    N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program i owns features i * BLOCK_N + (0 .. BLOCK_N - 1) of all parameters, program_id(1) their group."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
@@ -99,13 +98,13 @@ def finalize_kernel(
         dkl += tl.load(dkl_ptr + tl.program_id(1)).to(ACC)
     weight_sum, scale_sum = _reduce_partials(
         partial_ptr, n_programs, runs_per_share, group_draw, first_col, k0, k1,
-        WEIGHT_SUM, SCALE_SUM, SCALE_STREAM, NOISE, SPAN, FAST, N, BLOCK_P, BLOCK_N,
+        WEIGHT_SUM, SCALE_SUM, SCALE_STREAM, NOISE, SPAN, FAST, N, SLOTS, BLOCK_P, BLOCK_N,
     )  # fmt: skip
     bias_sum, shift_sum = weight_sum, scale_sum
     if bias_ptr is not None:
         bias_sum, shift_sum = _reduce_partials(
             partial_ptr, n_programs, runs_per_share, group_draw, first_col, k0, k1,
-            BIAS_SUM, SHIFT_SUM, SHIFT_STREAM, NOISE, SPAN, FAST, N, BLOCK_P, BLOCK_N,
+            BIAS_SUM, SHIFT_SUM, SHIFT_STREAM, NOISE, SPAN, FAST, N, SLOTS, BLOCK_P, BLOCK_N,
         )  # fmt: skip
     if weight_rho_ptr is None:
         _store_deterministic_gradients(

@@ -134,7 +134,7 @@ def backward(
     numbers = {"weight_prior": weight_prior_value, "bias_prior": bias_prior_value, "prior_std": prior_std}
     layout = Layout.of(seed, len(rstd), draws, inner, groups)
     plan = _backward_plan(target, layout if dy is not None else layout._replace(n_rows=0), n_cols, z.element_size())
-    partial = rstd.new_empty((plan.slots, groups * plan.runs.programs, n_cols))
+    partial = rstd.new_empty((groups * plan.runs.programs, plan.slots, n_cols))
     dx = None if dy is None else _empty(z.shape, dy)
     dresidual = None if dy is None or dy.dtype == z.dtype else _empty(z.shape, z)
     with _on_device_of(z):
@@ -181,7 +181,8 @@ class BackwardPlan(NamedTuple):
 
 
 def _backward_plan(target, layout, n_cols, itemsize):
-    tile = tuning.tile(n_cols, itemsize, True, target.clusters)
+    merged = layout.noise == "merged" and tuning.splits_in_registers(triton.__version__)
+    tile = tuning.tile(n_cols, itemsize, True, target.clusters, merged)
     runs = tuning.backward_runs(
         layout.group_rows, layout.draws, layout.groups, tile, n_cols, itemsize, target.multiprocessors
     )
@@ -190,8 +191,8 @@ def _backward_plan(target, layout, n_cols, itemsize):
 
 
 def backward_call(target, plan, rows, dy_rows, dsum_rows, parameters, seed, mean, rstd, outputs):
-    """The launch of the backward kernel; `outputs`: dx, dresidual (M, N), partial sums (slots, programs, N)."""
-    n_cols, (layout, tile, runs, _) = rows.shape[1], plan
+    """The launch of the backward kernel; `outputs`: dx, dresidual (M, N), partial sums (programs, slots, N)."""
+    n_cols, (layout, tile, runs, slots) = rows.shape[1], plan
     weight, bias, weight_rho, bias_rho, *_ = parameters
     vec = _vector_width(n_cols, rows, dy_rows, dsum_rows)
     args = (
@@ -199,7 +200,10 @@ def backward_call(target, plan, rows, dy_rows, dsum_rows, parameters, seed, mean
         *([rstd.new_empty((layout.n_rows, 2))] if tile.wide else []),
         *_strides(vec, rows, dy_rows, dsum_rows), *_walk(layout, runs), *_places(layout),
     )  # fmt: skip
-    constants = {"HAS_BIAS": bias is not None, **_constants(target, layout, runs, tile, n_cols, vec)}
+    constants = {
+        "HAS_BIAS": bias is not None, "SLOTS": slots, **({} if tile.wide else {"HALVES": tile.halves}),
+        **_constants(target, layout, runs, tile, n_cols, vec),
+    }  # fmt: skip
     kernel = backward_wide_kernel if tile.wide else backward_kernel
     return Call(kernel, (runs.programs, layout.groups), args, constants, tile.num_warps, tile.num_ctas)
 
@@ -214,7 +218,7 @@ def finalize_call(target, plan, partial, parameters, seed, dkl, gradients, numbe
     )  # fmt: skip
     constants = {
         **numbers, "FLOOR": FLOOR, "NOISE": layout.noise, "SPAN": plan.span, "GROUPED": layout.groups > 1,
-        "FAST": target.fast, "N": n_cols, "BLOCK_P": block_p, "BLOCK_N": block_n,
+        "FAST": target.fast, "N": n_cols, "SLOTS": plan.slots, "BLOCK_P": block_p, "BLOCK_N": block_n,
     }  # fmt: skip
     return Call(finalize_kernel, (triton.cdiv(n_cols, block_n), layout.groups), args, constants, num_warps)
 

@@ -11,6 +11,7 @@ from .versions import reaches
 
 REGISTER_WIDTH = 8192  # widest row kept whole in registers
 REGISTER_WIDTH_FP64 = 2048
+KEPT_WIDTH = 4096  # widest row whose backward with merged noise keeps its parameters in registers
 TILE_ELEMENTS = 2048  # of a tile of several narrow rows
 CLUSTER_SHARE = 4096  # features of a row that one block of a cluster takes, while the cluster can grow
 MAX_CLUSTER = 8  # blocks; more than that not every GPU schedules
@@ -25,7 +26,9 @@ PARTIAL_BYTES = 32 << 20  # of partial sums that a backward may take in any case
 class Tile(NamedTuple):
     """Shape of the tile a program works on; `wide` rows are worked through in pieces of `block_n`.
 
-    A program is a cluster of `num_ctas` blocks of `num_warps` warps each, on as many multiprocessors.
+    A program is a cluster of `num_ctas` blocks of `num_warps` warps each, on as many multiprocessors. With `halves`, a
+    row stays in registers but its parameters are loaded half by half; such a program, of half the warps with twice the
+    registers, has its multiprocessor to itself.
     """
 
     block_m: int
@@ -34,6 +37,7 @@ class Tile(NamedTuple):
     num_stages: int
     wide: bool
     num_ctas: int = 1
+    halves: bool = False
 
 
 class Runs(NamedTuple):
@@ -62,13 +66,25 @@ def has_clusters(capability, triton_version):
     return capability >= (9, 0) and reaches(triton_version, (3, 9))
 
 
+@functools.lru_cache
+def splits_in_registers(triton_version):
+    """Whether halves of a tile stay where they are; older versions send them through shared memory."""
+    return reaches(triton_version, (3, 7))
+
+
 @functools.lru_cache(1024)
-def tile(n_cols, itemsize, backward=False, clusters=False):
-    """The tile for rows of `n_cols` features of `itemsize` bytes, on a device that has `clusters` or not."""
+def tile(n_cols, itemsize, backward=False, clusters=False, merged=False):
+    """The tile for rows of `n_cols` features of `itemsize` bytes, on a device that has `clusters` or not.
+
+    `merged`: every row has noise of its own, whose backward takes four sums and three parameters a feature; only where
+    Triton `splits_in_registers`.
+    """
     num_ctas = _cluster_size(n_cols, itemsize, backward) if clusters else 1
     if num_ctas == 1 and n_cols > (REGISTER_WIDTH_FP64 if itemsize == 8 else REGISTER_WIDTH):
         return Tile(1, 1024 if itemsize == 8 else 2048 if backward else 4096, 8, 1, True)
     block_n = max(16, next_power_of_2(n_cols))
+    if backward and merged and num_ctas == 1 and n_cols > KEPT_WIDTH:
+        return Tile(1, block_n, 8, 1, False, halves=True)
     block_m = max(1, TILE_ELEMENTS // block_n // (itemsize // 2 or 1))
     return Tile(block_m, block_n, min(16, max(4, block_n // num_ctas // 512)), 1, False, num_ctas)
 
@@ -107,10 +123,10 @@ def backward_runs(n_rows, draws, groups, tile, n_cols, itemsize, multiprocessors
 
 
 def _resident(tile, multiprocessors):
-    """Programs that run at once, at 16 warps a multiprocessor; clusters as many as whole groups hold."""
+    """Programs that run at once, at 16 warps of 128 registers a multiprocessor; clusters as whole groups hold."""
     if tile.num_ctas > 1:
         multiprocessors = max(1, multiprocessors // CLUSTER_GROUP * CLUSTER_GROUP // tile.num_ctas)
-    return multiprocessors * max(1, 16 // tile.num_warps)
+    return multiprocessors * (1 if tile.halves else max(1, 16 // tile.num_warps))
 
 
 def finalizer_tile(n_cols):

@@ -194,6 +194,26 @@ def test_wide_rows_as_tuned(device, monkeypatch, noise):
     Problem(device, (3, 2), 9001, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
+def in_halves(monkeypatch):
+    monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 128, 4, 1, False, halves=True))
+
+
+@pytest.mark.parametrize("n", [128, 97, 33])  # the second half is full, partly filled, empty
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_in_halves(device, monkeypatch, multiprocessors, n, bias):
+    """Rows in registers whose backward loads their parameters half by half."""
+    in_halves(monkeypatch)
+    Problem(device, (7, 3), n, "token", bias=bias, dtype=torch.bfloat16).check(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(4104, torch.float16), (8191, torch.bfloat16), (8192, torch.float32)], ids=str
+)
+def test_rows_in_halves_as_tuned(device, monkeypatch, n, dtype):
+    few_finalizer_programs(device, monkeypatch)
+    Problem(device, (3, 2), n, "token", dtype=dtype).check(monkeypatch)
+
+
 @pytest.mark.parametrize("noise", ["sample", "token"])
 def test_rows_of_clusters(device, monkeypatch, noise):
     """Rows that a cluster keeps whole where there are clusters; the interpreter runs any cluster as one block."""
@@ -355,6 +375,12 @@ def test_family(device, monkeypatch, multiprocessors, options, noise):
 def test_family_of_wide_rows(device, monkeypatch, options, noise):
     monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(2, 256, 4, 1, True))
     Problem(device, (3, 2), 601, noise, **options).check(monkeypatch)
+
+
+@pytest.mark.parametrize("options", ["rms", "residual", "groups", "all"])
+def test_family_of_rows_in_halves(device, monkeypatch, options):
+    in_halves(monkeypatch)
+    Problem(device, (3, 5, 2), 120, "token", **FAMILY[options]).check(monkeypatch)
 
 
 @pytest.mark.parametrize("noise", ["none", "sample", "token"])

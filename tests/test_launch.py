@@ -43,14 +43,31 @@ def test_every_position_belongs_to_one_program(draws, rows_per_draw, programs, b
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("clusters", [False, True])
-def test_tiles(n, itemsize, backward, clusters):
-    tile = tuning.tile(n, itemsize, backward, clusters)
+@pytest.mark.parametrize("merged", [False, True])
+def test_tiles(n, itemsize, backward, clusters, merged):
+    tile = tuning.tile(n, itemsize, backward, clusters, merged)
     assert tile.wide == (tile.block_n < n)
     for power in tile.block_m, tile.block_n, tile.num_warps, tile.num_ctas:
         assert power & (power - 1) == 0
     assert tile.block_n >= 8  # the noise comes in eights
     assert tile.block_m * tile.block_n // tile.num_ctas <= max(tuning.TILE_ELEMENTS, tuning.REGISTER_WIDTH)
     assert tile.num_ctas == 1 or clusters
+    assert not tile.halves or (backward and merged and not tile.wide)
+
+
+@pytest.mark.parametrize(("version", "expected"), [("3.2.0", False), ("3.7.1", True), ("3.10.0", True)])
+def test_splits_in_registers(version, expected):
+    assert tuning.splits_in_registers(version) is expected
+
+
+@pytest.mark.parametrize(("n", "itemsize", "halves"), [(4096, 2, False), (4097, 2, True), (8192, 4, True)])
+def test_rows_in_halves_take_a_multiprocessor_each(n, itemsize, halves):
+    """65,536 registers of a multiprocessor: 8 warps of 32 threads with up to 255."""
+    tile = tuning.tile(n, itemsize, backward=True, merged=True)
+    assert tile.halves == halves
+    if halves:
+        assert tile.num_warps == 8
+        assert tuning.backward_runs(1 << 20, 1 << 20, 1, tile, n, itemsize, 132).programs == 132
 
 
 @pytest.mark.parametrize(
@@ -123,7 +140,7 @@ def test_launches_of_clusters(monkeypatch, clusters):
     programs = [call.grid for call in calls.values()]
     assert launched == list(zip(programs, [4, 4, 1] if clusters else [1] * 3, [8, 8, 4], strict=True))
     partial = calls["finalize"].args[0]
-    assert partial.shape == (4, programs[1][0], 16384)
+    assert partial.shape == (programs[1][0], 4, 16384)
 
 
 @triton.jit
