@@ -81,9 +81,36 @@ class Clipped(Rms):
         return super().scaled(xhat.clamp(-1, 1))
 
 
+class ClippedFarOut(Rms):
+    def scaled(self, xhat):
+        return super().scaled(xhat).clamp(-40, 40)
+
+
+class ClippedInput(Rms):
+    def forward(self, x):
+        return super().forward(x.clamp(-1e3, 1e3))
+
+
+class Absolute(Rms):
+    def scaled(self, xhat):
+        return self.weight.abs() * xhat
+
+
+class Dropping(Rms):
+    """Another function in training mode."""
+
+    def scaled(self, xhat):
+        return super().scaled(F.dropout(xhat, 0.5, self.training))
+
+
 class Failing(Rms):
     def forward(self, x):
         raise KeyError("this class wants something else")
+
+
+class OtherDtype(Rms):
+    def forward(self, x):
+        return super().forward(x).double()
 
 
 class Gated(Rms):
@@ -118,9 +145,61 @@ class WithBias(Rms):
         self.bias = nn.Parameter(torch.zeros(N))
 
 
-SIMILAR = Doubled, Centred, Halves, EpsOutside, Clipped, Failing
-NO_NORMS = Gated, NoEps, WithChild, WithBuffer, WithBias
-FOREIGN = Rms, OnePlus, Subclass, TwoEps
+class OneScale(Rms):
+    """One number for all features."""
+
+    def __init__(self):
+        super().__init__(1)
+
+
+class NoDimension(Rms):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+
+class Broadcast(Rms):
+    """Features are the last dimension alone, and the one before has any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, N))
+
+
+class Empty(Rms):
+    def __init__(self):
+        super().__init__(0)
+
+
+class IntegerScale(Rms):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(N, dtype=torch.int64), requires_grad=False)
+
+
+class Inner(Rms):
+    """Its methods have names that come to mind, and what it could add is None."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("bias", None)
+        self.register_buffer("shift", None)
+
+    def _normalize(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+
+    _rms = _normalize
+
+    def forward(self, x):
+        y = self.scaled(self._rms(x.float())).to(x.dtype)
+        return y if self.bias is None and self.shift is None else y + 1
+
+
+SIMILAR = (
+    Doubled, Centred, Halves, EpsOutside, Clipped, ClippedFarOut, ClippedInput, Absolute, Dropping, OtherDtype, Failing,
+)  # fmt: skip
+NO_NORMS = Gated, NoEps, WithChild, WithBuffer, WithBias, OneScale, NoDimension, Broadcast, Empty
+FOREIGN = Rms, OnePlus, Subclass, TwoEps, Inner
 
 
 def model_of(*layers):
@@ -132,7 +211,7 @@ def model_of(*layers):
 
 
 def new(kind, device="cpu"):
-    return model_of(kind(N) if kind is Subclass else kind()).to(device)[0]
+    return model_of(kind(N) if issubclass(kind, nn.RMSNorm) else kind()).to(device)[0]
 
 
 def snapshot(model):
@@ -255,6 +334,24 @@ def test_what_only_looks_like_an_rms_norm_is_refused_where_a_filter_chooses_it(k
     assert snapshot(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_norm_and_one_of_integers_are_left_alone():
+    model = nn.Sequential(torch.jit.script(nn.RMSNorm(N)), IntegerScale(), Rms())
+    assert list(kl_layers(replace_rms_norm(model))) == ["2"]
+
+
+@pytest.mark.parametrize("name", ["noise", "posterior", "kl_divergence", "_evaluate"])
+def test_a_class_that_uses_names_of_kl_layers_is_refused(name):
+    own = type("Own", (Rms,), {name: 0.0})
+    for layer in own(), Rms():
+        vars(layer)[name] = 0.0
+        model = nn.Sequential(nn.RMSNorm(N), layer)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=rf"names of its own that KL layers use \({name}\).*filter_fn"):
+            replace_rms_norm(model)
+        assert snapshot(model) == before
+
+
 def test_filter_is_asked_for_what_is_built_like_an_rms_norm():
     kinds = [nn.RMSNorm, Subclass, nn.LayerNorm, nn.Linear]
     model = model_of(*(kind(N) if kind is not nn.Linear else kind(N, N) for kind in kinds))
@@ -341,7 +438,7 @@ def with_own_forward(layer):
     [
         (pruned, "computes its weight"),
         (parametrized, r"is parametrized.*remove_parametrizations"),
-        (with_own_forward, "has a forward that accelerate or another library put into it.*replace before that"),
+        (with_own_forward, "has a forward that accelerate or another library put into it.*replace or restore first"),
     ],
 )
 def test_a_norm_without_plain_parameters_is_refused_unless_left_out(kind, spoil, message):
@@ -356,6 +453,20 @@ def test_a_norm_without_plain_parameters_is_refused_unless_left_out(kind, spoil,
         replace_rms_norm(model)
     assert [type(module) for module in model] == types
     assert list(kl_layers(replace_rms_norm(model, filter_fn=lambda module, name: name == "0"))) == ["0"]
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, Rms])
+def test_a_weight_of_a_dtype_that_the_operator_cannot_read_is_refused(kind):
+    with pytest.raises(ValueError, match=r"holds its weight as a Tensor of torch\.float8_e4m3fn"):
+        replace_rms_norm(kind(N).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_a_parameter_that_was_shared_out_is_refused(kind):
+    layer = kind(N)
+    layer.weight.data = torch.empty(0)  # as DeepSpeed leaves it
+    with pytest.raises(ValueError, match=r"holds its weight in shape \(0,\), not \(8,\)"):
+        (replace_rms_norm if kind is nn.RMSNorm else klnorm.replace_layer_norm)(layer)
 
 
 def test_a_layer_norm_with_a_forward_of_its_own_is_refused_too():
@@ -460,22 +571,76 @@ def test_a_name_by_which_a_library_would_put_in_its_kernel_is_hidden_while_repla
     assert type(restore_rms_norm(layer)).kernel_layer_name == "RMSNorm"
 
 
-def test_sharded_layers_have_the_same_divergence():
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_layers_have_the_same_divergence(process_group):
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        layer = replace_rms_norm(new(OnePlus))
-        with torch.no_grad():
-            layer.weight.add_(0.2)
-        expected = klnorm.kl_divergence(layer)
-        gradient = torch.autograd.grad(expected, layer.weight)[0]
-        kl = klnorm.kl_divergence(fully_shard(layer))
-        torch.testing.assert_close(kl, expected)
-        kl.backward()
-        torch.testing.assert_close(klnorm.kl.whole(layer.weight.grad), gradient)
-    finally:
-        torch.distributed.destroy_process_group()
+    layer = replace_rms_norm(new(OnePlus))
+    with torch.no_grad():
+        layer.weight.add_(0.2)
+    expected = klnorm.kl_divergence(layer)
+    gradient = torch.autograd.grad(expected, layer.weight)[0]
+    kl = klnorm.kl_divergence(fully_shard(layer))
+    torch.testing.assert_close(kl, expected)
+    kl.backward()
+    torch.testing.assert_close(klnorm.kl.whole(layer.weight.grad), gradient)
+
+
+def sharded(model, part):
+    """`model` under FSDP2, as a whole or in its layers."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in [model] if part == "model" else model:
+        fully_shard(module)
+    return model
+
+
+KINDS = {
+    nn.RMSNorm: (replace_rms_norm, restore_rms_norm),
+    Rms: (replace_rms_norm, restore_rms_norm),
+    nn.LayerNorm: (klnorm.replace_layer_norm, klnorm.restore_layer_norm),
+}
+
+
+@pytest.mark.parametrize("part", ["model", "layers"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_model_is_not_replaced(process_group, kind, part):
+    model = sharded(nn.Sequential(kind(N), nn.Linear(N, N)), part)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"wrapped by FSDPModule.*replace the norms first"):
+            KINDS[kind][0](model)
+        model(torch.randn(2, N))  # after which the parameters of the root are plain ones
+    assert kl_layers(model) == {}
+
+
+@pytest.mark.parametrize("part", ["model", "layers"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_model_is_not_restored_but_one_with_its_state_is(process_group, kind, part):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    replace, restore = KINDS[kind]
+    plain = replace(nn.Sequential(kind(N), nn.Linear(N, N)))
+    model = sharded(copy.deepcopy(plain), part)
+    with torch.no_grad():
+        model[0].weight.add_(0.3)
+    for layer in model, model[0]:
+        with pytest.raises(ValueError, match=r"sharded by FSDP.*Remedy: load its full state dict"):
+            restore(layer)
+    x = torch.randn(2, N)
+    y = model.eval()(x)
+    with pytest.raises(ValueError, match="sharded by FSDP"):
+        restore(model)
+    assert list(kl_layers(model)) == ["0"]
+    plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    assert torch.equal(restore(plain).eval()(x), y)
+    other = klnorm.restore_layer_norm if kind is not nn.LayerNorm else restore_rms_norm
+    assert other(model) is model  # has no layer to restore
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -500,7 +665,7 @@ def test_compiles_without_a_break(device, training, fresh_dynamo):
 
 @pytest.mark.parametrize("kind", [*FOREIGN, nn.RMSNorm])
 def test_restoring_gives_back_the_class_and_the_evaluation_bit_for_bit(kind):
-    model = model_of(kind(N) if kind in (nn.RMSNorm, Subclass) else kind())
+    model = nn.Sequential(new(kind))
     model[0].register_forward_hook(lambda *_: None)
     before, x = snapshot(model), torch.randn(3, N)
     replace_rms_norm(model)
@@ -513,6 +678,18 @@ def test_restoring_gives_back_the_class_and_the_evaluation_bit_for_bit(kind):
     assert kept_alive.requires_grad
     assert snapshot(model) == before
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, nn.RMSNorm])
+def test_a_layer_with_a_forward_put_into_it_is_not_restored(kind):
+    model = replace_rms_norm(nn.Sequential(nn.RMSNorm(N), with_own_forward(replace_rms_norm(new(kind)))))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layer '1' has a forward that accelerate .*restore first") as raised:
+        restore_rms_norm(model)
+    assert "filter_fn" not in str(raised.value)
+    assert snapshot(model) == before
+    del model[1].forward
+    assert kl_layers(restore_rms_norm(model)) == {}
 
 
 def test_restoring_leaves_a_users_subclass_and_refuses_a_parametrized_layer():
