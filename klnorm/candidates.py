@@ -9,7 +9,7 @@ from .foreign import KLForeignRMSNorm, looks_like_rms_norm
 from .modules import KLLayerNorm, KLRMSNorm
 from .trial import try_out
 
-# Classes that are no nn.LayerNorm but compute the same from the same attributes.
+# Classes that are no nn.LayerNorm but have its attributes.
 _EQUIVALENTS = (("apex.normalization.fused_layer_norm", "FusedLayerNorm"),)
 
 
@@ -45,6 +45,7 @@ class Norms:
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and value.shape != tuple(module.normalized_shape):
                 shapes = f"holds its {key} in shape {tuple(value.shape)}, not {tuple(module.normalized_shape)}"
                 self.refuse(name, shapes, "replace before sharding")
+        checks.as_shape(tuple(module.weight.shape))
         self.check_arithmetic(name, module)
 
     def check_class(self, name, module, same):
@@ -74,10 +75,9 @@ class LayerNorms(Norms):
 
     def check_arithmetic(self, name, module):
         checks.check_positive("eps", module.eps)
-        if not (_is_equivalent(module) or type(module).forward is nn.LayerNorm.forward):
-            trial = try_out(module, module.eps)
-            expected = F.layer_norm(trial.x, trial.weight.shape, trial.weight, trial.bias, module.eps)
-            self.check_class(name, module, trial.gave(expected))
+        trial = try_out(module, module.eps)
+        expected = F.layer_norm(trial.x, trial.weight.shape, trial.weight, trial.bias, module.eps)
+        self.check_class(name, module, trial.gave(expected))
 
     def convert(self, module):
         module.__class__, module.normalized_shape = KLLayerNorm, tuple(module.normalized_shape)
@@ -91,14 +91,14 @@ class RMSNorms(Norms):
     kl_classes = KLRMSNorm, KLForeignRMSNorm
 
     def is_norm(self, module):
-        if plain_type(module) is nn.RMSNorm:
+        if type(module) is nn.RMSNorm:
             return module.elementwise_affine
         return looks_like_rms_norm(module)
 
     def is_default(self, module):
         if isinstance(module, self.kl_classes):
             return False
-        return plain_type(module) is nn.RMSNorm or foreign.convention(module) is not None
+        return type(module) is nn.RMSNorm or foreign.convention(module) is not None
 
     def is_counted(self, module):
         return isinstance(module, self.kl_classes) or self.is_default(module)

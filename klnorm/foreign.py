@@ -80,11 +80,10 @@ def _blank(plain_class):
 
 def looks_like_rms_norm(module):
     """Whether `module` is built as an RMSNorm is: a scale `weight`, an eps, and a forward that takes x alone."""
-    if isinstance(module, (nn.LayerNorm, KLNorm, torch.jit.ScriptModule)):
+    if isinstance(module, (nn.LayerNorm, torch.jit.ScriptModule)):
         return False
-    children = module._modules.keys() - {"parametrizations"}
-    parameters = {name for name, parameter in module._parameters.items() if parameter is not None}
-    buffers = {name for name, buffer in module._buffers.items() if buffer is not None}
+    parameters, buffers = _present(module._parameters), _present(module._buffers)
+    children = _present(module._modules) - {"parametrizations"}
     if children or parameters - {"weight", "weight_orig"} or buffers - {"weight_mask"} or not _eps_names(module):
         return False  # weight_orig and weight_mask: of a pruned norm, which is one, if not one to replace
     weight = getattr(module, "weight", None)
@@ -93,6 +92,10 @@ def looks_like_rms_norm(module):
     if weight.numel() < 2 or weight.shape[0] == 1:
         return False  # it is broadcast over features, or over what is no feature
     return len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def _present(entries):
+    return {name for name, entry in entries.items() if entry is not None}
 
 
 def _eps_names(module):

@@ -40,8 +40,7 @@ def try_out(module, eps):
     feature = index[0, 0]
     weight = 30 * (3 * feature).cos()  # of both signs, the first and the second feature's already
     bias = 30 * (1 + 3 * feature).cos() if isinstance(getattr(module, "bias", None), torch.Tensor) else None
-    # Uneven over features and not centred.
-    x = (index.sin() + 0.5) * (1 + feature / shape.numel())
+    x = index.sin() + 0.5  # not centred
     x[:, 0] *= 1e4  # would be clamped
     x[:, 1:] *= abs(eps or torch.finfo(x.dtype).eps) ** 0.5  # so small that eps shows
     x.flatten(2)[:, 2, 0] *= 1e3  # one feature that outweighs the others

@@ -141,6 +141,17 @@ def test_a_subclass_on_the_meta_device_is_tried_out(options):
         replace_layer_norm(model, filter_fn=lambda module, name: True)
 
 
+@pytest.mark.parametrize("n", [2, 100, 10_000])
+def test_a_subclass_that_computes_it_in_another_order_is_taken(n):
+    class WrittenOut(nn.LayerNorm):
+        def forward(self, x):
+            mean = x.mean(-1, keepdim=True)
+            variance = x.square().mean(-1, keepdim=True) - mean.square()
+            return self.weight * torch.rsqrt(variance + self.eps) * (x - mean) + self.bias
+
+    assert replaced(replace_layer_norm(model_of(WrittenOut(n)), filter_fn=lambda module, name: True)) == ["0"]
+
+
 def test_trying_out_a_subclass_leaves_no_trace():
     model, calls = model_of(Upcast(N)), []
     model[0].register_forward_hook(lambda *_: calls.append(1))

@@ -47,11 +47,11 @@ class Subclass(nn.RMSNorm):
 
 
 class TwoEps(Rms):
-    """The eps that counts is the second."""
+    """The eps that counts is the second number, the third attribute with these letters."""
 
     def __init__(self):
         super().__init__()
-        self.eps_of_another_use, self.epsilon = 0.5, self.__dict__.pop("epsilon")
+        self.steps, self.eps_of_another_use, self.epsilon = "many", 0.5, self.__dict__.pop("epsilon")
 
 
 class Doubled(Rms):
@@ -83,6 +83,11 @@ class Clipped(Rms):
 
 class ClippedFarOut(Rms):
     def scaled(self, xhat):
+        return super().scaled(xhat.clamp(-2.7, 2.7))  # of at most 8 ** 0.5
+
+
+class ClippedOutput(Rms):
+    def scaled(self, xhat):
         return super().scaled(xhat).clamp(-40, 40)
 
 
@@ -101,6 +106,35 @@ class Dropping(Rms):
 
     def scaled(self, xhat):
         return super().scaled(F.dropout(xhat, 0.5, self.training))
+
+
+class OnlyInTraining(Rms):
+    def forward(self, x):
+        return super().forward(x) if self.training else x
+
+
+class OtherEps(Rms):
+    def __init__(self):
+        super().__init__(eps=1.001 * 0.01)
+        self.epsilon, self.used = 0.01, self.epsilon
+
+    def forward(self, x):
+        return self.scaled(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.used))
+
+
+class OtherEpsThanNone(Rms):
+    """Where nn.RMSNorm takes that of fp32."""
+
+    def __init__(self):
+        super().__init__(eps=None)
+
+    def forward(self, x):
+        return self.scaled(F.rms_norm(x, (N,), None, 1e-6))
+
+
+class OneMoreDimension(Rms):
+    def forward(self, x):
+        return super().forward(x)[None]
 
 
 class Failing(Rms):
@@ -158,6 +192,12 @@ class NoDimension(Rms):
         self.weight = nn.Parameter(torch.tensor(1.0))
 
 
+class Unweighted(Rms):
+    def __init__(self):
+        super().__init__()
+        self.weight = None
+
+
 class Broadcast(Rms):
     """Features are the last dimension alone, and the one before has any size."""
 
@@ -178,12 +218,14 @@ class IntegerScale(Rms):
 
 
 class Inner(Rms):
-    """Its methods have names that come to mind, and what it could add is None."""
+    """Its methods have names that come to mind, and what else it could use is None."""
 
     def __init__(self):
         super().__init__()
-        self.register_parameter("bias", None)
+        self.bias = None
+        self.register_parameter("gain", None)
         self.register_buffer("shift", None)
+        self.register_module("gate", None)
 
     def _normalize(self, x):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
@@ -192,13 +234,14 @@ class Inner(Rms):
 
     def forward(self, x):
         y = self.scaled(self._rms(x.float())).to(x.dtype)
-        return y if self.bias is None and self.shift is None else y + 1
+        return y if self.bias is self.gain is self.shift is self.gate is None else y + 1
 
 
 SIMILAR = (
-    Doubled, Centred, Halves, EpsOutside, Clipped, ClippedFarOut, ClippedInput, Absolute, Dropping, OtherDtype, Failing,
+    Doubled, Centred, Halves, EpsOutside, Clipped, ClippedFarOut, ClippedInput, ClippedOutput, Absolute, Dropping,
+    OnlyInTraining, OtherEps, OtherEpsThanNone, OtherDtype, OneMoreDimension, Failing,
 )  # fmt: skip
-NO_NORMS = Gated, NoEps, WithChild, WithBuffer, WithBias, OneScale, NoDimension, Broadcast, Empty
+NO_NORMS = Gated, NoEps, WithChild, WithBuffer, WithBias, OneScale, NoDimension, Unweighted, Broadcast, Empty
 FOREIGN = Rms, OnePlus, Subclass, TwoEps, Inner
 
 
@@ -296,6 +339,13 @@ def test_one_plus_weight_is_not_rounded_to_the_dtype_of_the_weight(device):
     torch.testing.assert_close(with_prior_at_0 - layer.kl_divergence(), torch.tensor(distance).to(y), rtol=0, atol=5e-4)
 
 
+def test_a_scale_that_is_the_weight_is_not_copied():
+    layer = replace_rms_norm(new(Rms).bfloat16())
+    posterior = layer.posterior_and_prior()
+    assert posterior.weight is layer.weight
+    assert posterior.weight_prior is layer.weight_prior
+
+
 def test_divergence_of_one_plus_weight_is_the_same_from_the_forward_and_in_closed_form(device):
     for posterior in "sampled", "deterministic":
         layer = replace_rms_norm(new(OnePlus, device), posterior=posterior, prior_std=0.5)
@@ -334,6 +384,30 @@ def test_what_only_looks_like_an_rms_norm_is_refused_where_a_filter_chooses_it(k
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("n", [2, 3, 1000])
+def test_every_width_is_told(n):
+    model = nn.Sequential(Rms(n), OnePlus(n), Centred(n), Absolute(n), Doubled(n))
+    assert list(kl_layers(replace_rms_norm(model))) == ["0", "1"]
+
+
+def test_the_widest_centred_norm_is_told():
+    model = nn.Sequential(Rms(), Centred(2**20))
+    assert list(kl_layers(replace_rms_norm(model))) == ["0"]
+
+
+def test_a_class_for_inference_that_works_in_place_is_replaced():
+    class InPlace(Rms):
+        def forward(self, x):
+            x *= torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+            return torch.mul(x, self.weight, out=torch.empty_like(x))
+
+    assert list(kl_layers(replace_rms_norm(nn.Sequential(InPlace())))) == ["0"]
+
+
+def test_a_negative_eps_is_no_norms():
+    assert list(kl_layers(replace_rms_norm(nn.Sequential(Rms(eps=-0.01), Rms())))) == ["1"]
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_a_scripted_norm_and_one_of_integers_are_left_alone():
     model = nn.Sequential(torch.jit.script(nn.RMSNorm(N)), IntegerScale(), Rms())
@@ -342,9 +416,9 @@ def test_a_scripted_norm_and_one_of_integers_are_left_alone():
 
 @pytest.mark.parametrize("name", ["noise", "posterior", "kl_divergence", "_evaluate"])
 def test_a_class_that_uses_names_of_kl_layers_is_refused(name):
-    own = type("Own", (Rms,), {name: 0.0})
-    for layer in own(), Rms():
-        vars(layer)[name] = 0.0
+    of_class, of_instance = type("Own", (Rms,), {name: 0.0})(), Rms()
+    vars(of_instance)[name] = 0.0
+    for layer in of_class, of_instance:
         model = nn.Sequential(nn.RMSNorm(N), layer)
         before = snapshot(model)
         with pytest.raises(ValueError, match=rf"names of its own that KL layers use \({name}\).*filter_fn"):
@@ -389,6 +463,14 @@ def test_replacing_twice_changes_nothing_more():
     model = replace_rms_norm(model_of(nn.RMSNorm(N), OnePlus()))
     before = snapshot(model)
     assert snapshot(replace_rms_norm(model, noise="batch")) == before
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, Rms])
+def test_replacing_again_does_not_disturb_a_forward(kind):
+    layer = replace_rms_norm(new(kind), posterior="deterministic")
+    y = layer(torch.randn(3, N))
+    replace_rms_norm(layer)
+    assert layer._divergence().grad_fn is y.grad_fn
 
 
 def test_trying_out_leaves_no_trace(device):
@@ -467,6 +549,16 @@ def test_a_parameter_that_was_shared_out_is_refused(kind):
     layer.weight.data = torch.empty(0)  # as DeepSpeed leaves it
     with pytest.raises(ValueError, match=r"holds its weight in shape \(0,\), not \(8,\)"):
         (replace_rms_norm if kind is nn.RMSNorm else klnorm.replace_layer_norm)(layer)
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_no_weight_and_no_features_are_refused(kind):
+    replace, layer = replace_rms_norm if kind is nn.RMSNorm else klnorm.replace_layer_norm, kind(N)
+    layer.weight = None
+    with pytest.raises(ValueError, match="computes its weight"):
+        replace(layer)
+    with pytest.raises(ValueError, match=r"normalized_shape is \(0,\), expected a positive int"):
+        replace(kind(0))
 
 
 def test_a_layer_norm_with_a_forward_of_its_own_is_refused_too():
