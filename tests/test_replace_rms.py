@@ -711,6 +711,16 @@ def test_a_sharded_model_is_not_replaced(process_group, kind, part):
     assert kl_layers(model) == {}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_under_fsdp1_is_neither_replaced_nor_restored(kind):
+    replace, restore = KINDS[kind]
+    stand_in = type("FullyShardedDataParallel", (nn.Sequential,), {})  # the real one needs a GPU
+    with pytest.raises(ValueError, match="wrapped by FullyShardedDataParallel"):
+        replace(stand_in(kind(N)))
+    with pytest.raises(ValueError, match="sharded by FSDP"):
+        restore(stand_in(replace(kind(N))))
+
+
 @pytest.mark.parametrize("part", ["model", "layers"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sharded_model_is_not_restored_but_one_with_its_state_is(process_group, kind, part):
