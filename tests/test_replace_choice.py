@@ -68,6 +68,24 @@ class Gained(nn.LayerNorm):
         return super().forward(x) * self.gain
 
 
+class GainedByBuffer(nn.LayerNorm):
+    def __init__(self, n):
+        super().__init__(n)
+        self.register_buffer("gain", torch.ones(n))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class GainedByChild(nn.LayerNorm):
+    def __init__(self, n):
+        super().__init__(n)
+        self.gain = nn.Identity()
+
+    def forward(self, x):
+        return self.gain(super().forward(x))
+
+
 class Dropping(nn.LayerNorm):
     """Another function in training mode."""
 
@@ -116,8 +134,12 @@ def test_filter_takes_a_subclass_that_the_default_leaves():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "own", [ChannelsFirst, OnePlusWeight, TwiceTheShift, AbsoluteScale, OtherEps, Gained, Dropping]
-)
+    "own",
+    [
+        ChannelsFirst, OnePlusWeight, TwiceTheShift, AbsoluteScale, OtherEps, Gained, GainedByBuffer, GainedByChild,
+        Dropping,
+    ],
+)  # fmt: skip
 def test_a_subclass_of_other_arithmetic_is_refused(own, dtype):
     model = model_of(nn.LayerNorm(N), own(N)).to(dtype).eval()
     assert replaced(replace_layer_norm(copy.deepcopy(model))) == ["0"]
