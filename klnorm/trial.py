@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 
 class Trial(NamedTuple):
@@ -50,14 +49,13 @@ def try_out(module, eps):
 
 
 def _forward(module, training, parameters, x):
-    plain_class = parametrize.type_before_parametrizations(module)
-    blank = object.__new__(plain_class)
+    blank = object.__new__(type(module))
     vars(blank).update({key: value for key, value in vars(module).items() if key not in parameters})
     for kind in "_parameters", "_buffers", "_modules":
         vars(blank)[kind] = {key: None for key, value in vars(module)[kind].items() if value is None}
     vars(blank)["_parameters"].update(parameters)
     vars(blank)["training"] = training
     try:
-        return plain_class.forward(blank, x)
+        return type(module).forward(blank, x)
     except Exception:  # of whatever kind: the class is not ours
         return None
