@@ -1,6 +1,5 @@
 """Which layers of a model can become KL layers, and why another one cannot."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
@@ -8,8 +7,9 @@ from torch.nn.utils import parametrize
 from . import checks, foreign
 from .foreign import KLForeignRMSNorm, looks_like_rms_norm
 from .modules import KLLayerNorm, KLRMSNorm
+from .trial import try_out
 
-# Classes that are no nn.LayerNorm but compute the same from the same attributes.
+# Classes that are no nn.LayerNorm but have its attributes.
 _EQUIVALENTS = (("apex.normalization.fused_layer_norm", "FusedLayerNorm"),)
 
 
@@ -29,12 +29,9 @@ class Norms:
 
     def check_convertible(self, name, module):
         """Raise unless `module` is, but for its class, the norm with plain parameters."""
-        if parametrize.is_parametrized(module):
-            self.refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
+        check_uncovered(name, module, self.refuse)
         if _is_quantized(module):
             self.refuse(name, "is quantized", "replace before quantizing")
-        if "forward" in vars(module):
-            self.refuse(name, "has a forward that accelerate or another library put into it", "replace before that")
         for key in "weight", "bias":
             value = getattr(module, key, None)
             if value is None and key == "bias":
@@ -42,17 +39,24 @@ class Norms:
             if not isinstance(module._parameters.get(key), nn.Parameter):
                 computes = f"computes its {key} (pruned, weight-normed or flattened)"
                 self.refuse(name, computes, "remove that first, or replace first")
-            if type(value) is not nn.Parameter or not value.is_floating_point():
-                kind = type(value.data).__name__
+            if type(value) is not nn.Parameter or value.dtype not in checks.FLOATS:
+                kind = f"{type(value.data).__name__} of {value.dtype}"
                 self.refuse(name, f"holds its {key} as a {kind}", "replace before sharding or quantizing")
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and value.shape != tuple(module.normalized_shape):
+                shapes = f"holds its {key} in shape {tuple(value.shape)}, not {tuple(module.normalized_shape)}"
+                self.refuse(name, shapes, "replace before sharding")
+        checks.as_shape(tuple(module.weight.shape))
         self.check_arithmetic(name, module)
+
+    def check_class(self, name, module, same):
+        """Raise unless it is the `same` that the class of `module` computes."""
+        if not same:
+            what = f"is a {type(module).__name__}, which computes something else than nn.{self.name}"
+            refuse(name, what, "leave it out with filter_fn")
 
     def refuse(self, name, what, remedy):
         """Raise for a layer that cannot be replaced."""
-        raise ValueError(
-            f"layer {name or '(the model itself)'!r} {what}, expected one with plain parameters. "
-            f"Remedy: {remedy}, or leave it out with filter_fn."
-        )
+        refuse(name, what, f"{remedy}, or leave it out with filter_fn")
 
 
 class LayerNorms(Norms):
@@ -71,24 +75,9 @@ class LayerNorms(Norms):
 
     def check_arithmetic(self, name, module):
         checks.check_positive("eps", module.eps)
-        if _is_equivalent(module) or type(module).forward is nn.LayerNorm.forward:
-            return
-        weight, shape = module.weight, tuple(module.normalized_shape)
-        what = f"is a {type(module).__name__} with a forward of its own"
-        if weight.is_meta:
-            self.refuse(name, f"{what}, which cannot be tried out on the meta device", "replace after loading")
-        x = torch.arange(3 * weight.numel(), device=weight.device).sin().reshape(3, *shape).to(weight.dtype)
-        tolerance = 32 * torch.finfo(weight.dtype).eps  # a few roundings, in whatever order
-        with torch.no_grad():
-            try:
-                same = torch.allclose(
-                    module.forward(x), F.layer_norm(x, shape, weight, module.bias, module.eps), tolerance, tolerance
-                )
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                failed = f"{what}, which failed on an input of shape {tuple(x.shape)} ({error})"
-                self.refuse(name, failed, "leave it as it is")
-        if not same:
-            self.refuse(name, f"{what}, which computes something else than nn.LayerNorm", "leave it as it is")
+        trial = try_out(module, module.eps)
+        expected = F.layer_norm(trial.x, trial.weight.shape, trial.weight, trial.bias, module.eps)
+        self.check_class(name, module, trial.gave(expected))
 
     def convert(self, module):
         module.__class__, module.normalized_shape = KLLayerNorm, tuple(module.normalized_shape)
@@ -102,14 +91,14 @@ class RMSNorms(Norms):
     kl_classes = KLRMSNorm, KLForeignRMSNorm
 
     def is_norm(self, module):
-        if plain_type(module) is nn.RMSNorm:
+        if type(module) is nn.RMSNorm:
             return module.elementwise_affine
         return looks_like_rms_norm(module)
 
     def is_default(self, module):
         if isinstance(module, self.kl_classes):
             return False
-        return plain_type(module) is nn.RMSNorm or foreign.convention(module) is not None
+        return type(module) is nn.RMSNorm or foreign.convention(module) is not None
 
     def is_counted(self, module):
         return isinstance(module, self.kl_classes) or self.is_default(module)
@@ -118,10 +107,13 @@ class RMSNorms(Norms):
         if type(module) is nn.RMSNorm:
             if module.eps is not None:
                 checks.check_positive("eps", module.eps)
-        elif (convention := foreign.convention(module)) is None:
-            what = f"is a {type(module).__name__}, which computes something else than nn.RMSNorm"
-            self.refuse(name, what, "leave it as it is")
-        elif (eps := getattr(module, convention.eps_name)) is not None:
+            return
+        convention = foreign.convention(module)
+        self.check_class(name, module, convention is not None)
+        if clashes := foreign.clashes(module):
+            what = f"is a {type(module).__name__} with names of its own that KL layers use ({', '.join(clashes)})"
+            self.refuse(name, what, "rename them there")
+        if (eps := getattr(module, convention.eps_name)) is not None:
             checks.check_positive(convention.eps_name, eps)
 
     def convert(self, module):
@@ -129,6 +121,20 @@ class RMSNorms(Norms):
             module.__class__ = KLRMSNorm
         else:
             foreign.convert(module)
+
+
+def check_uncovered(name, module, refuse):
+    """`refuse` a module with something put over its class."""
+    if parametrize.is_parametrized(module):
+        refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
+    if "forward" in vars(module):
+        what = "has a forward that accelerate or another library put into it"
+        refuse(name, what, "replace or restore first, or undo that and `del layer.forward`")
+
+
+def refuse(name, what, remedy):
+    """Raise for a layer that cannot change its class."""
+    raise ValueError(f"layer {name or '(the model itself)'!r} {what}, expected a plain one. Remedy: {remedy}.")
 
 
 def plain_type(module):

@@ -9,7 +9,7 @@ import torch
 from .layout import group_layout
 
 NOISES = "batch", "sample", "token"
-_FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 _MAX_ROWS = 1 << 32  # the draw is a 32-bit word of the counter
 _MAX_GROUPS = 65535  # the second dimension of a CUDA grid
 POSTERIORS = "sampled", "deterministic"
@@ -61,8 +61,8 @@ def check_input(x, shape):
             "x is a nested tensor, expected a dense one. Remedy: x.to_padded_tensor(0.0), or for nn.TransformerEncoder "
             "in evaluation mode `with klnorm.sampling(model)`, which passes dense ones."
         )
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x has dtype {x.dtype}, expected one of {_names(_FLOATS)}. Remedy: x.float().")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x has dtype {x.dtype}, expected one of {_names(FLOATS)}. Remedy: x.float().")
     if x.layout != torch.strided:
         raise TypeError(f"x has layout {x.layout}, expected torch.strided. Remedy: x.to_dense().")
     if x.device.type not in ("cpu", "cuda", "meta"):
@@ -132,8 +132,8 @@ def check_residual(residual, x):
         return
     if not isinstance(residual, torch.Tensor):
         raise TypeError(f"residual is a {type(residual).__name__}, expected a tensor of x's shape {tuple(x.shape)}.")
-    if residual.dtype not in _FLOATS:
-        raise TypeError(f"residual has dtype {residual.dtype}, expected one of {_names(_FLOATS)}.")
+    if residual.dtype not in FLOATS:
+        raise TypeError(f"residual has dtype {residual.dtype}, expected one of {_names(FLOATS)}.")
     if (residual.dtype == torch.float64) != (x.dtype == torch.float64):
         raise TypeError(
             f"residual has dtype {residual.dtype} and x {x.dtype}, expected fp64 for both or neither. "
@@ -263,9 +263,9 @@ def _is_real(value):
 def _check_like(name, parameter, x, shape):
     if not isinstance(parameter, torch.Tensor):
         raise TypeError(f"{name} is a {type(parameter).__name__}, expected a tensor of shape {shape}.")
-    if parameter.dtype not in _FLOATS:
+    if parameter.dtype not in FLOATS:
         raise TypeError(
-            f"{name} has dtype {parameter.dtype}, expected one of {_names(_FLOATS)}. Remedy: {name}.float()."
+            f"{name} has dtype {parameter.dtype}, expected one of {_names(FLOATS)}. Remedy: {name}.float()."
         )
     if parameter.shape != shape:
         raise ValueError(

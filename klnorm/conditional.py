@@ -9,7 +9,7 @@ from torch import nn
 
 from . import checks
 from .functional import normalize
-from .kl import _is_sharded
+from .kl import is_sharded
 from .posterior import KLNorm, _nothing
 from .reference.kl_norm import accumulation_dtype
 
@@ -208,7 +208,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         if kl is not None:
             return kl.mean()
         c = last.recall()
-        if _is_sharded(self.weight):
+        if is_sharded(self.weight):
             raise ValueError(
                 "the parameters of a KLConditionalLayerNorm are sharded, expected whole ones: the KL divergence is "
                 "that of every rank's own samples. Remedy: fully_shard(layer, reshard_after_forward=False)."

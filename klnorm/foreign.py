@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
-from .posterior import KLNorm, Posterior
+from .posterior import SETTINGS, KLNorm, Posterior
+from .trial import try_out
 
 
 class Convention(NamedTuple):
@@ -27,7 +27,7 @@ class KLForeignRMSNorm(KLNorm):
     """
 
     _means = ("weight",)
-    _rms = True
+    _is_rms = True
     bias = bias_rho = bias_prior = None
     kernel_layer_name = None  # by which the library `kernels` would put in a forward that does not sample
 
@@ -80,52 +80,44 @@ def _blank(plain_class):
 
 def looks_like_rms_norm(module):
     """Whether `module` is built as an RMSNorm is: a scale `weight`, an eps, and a forward that takes x alone."""
-    if isinstance(module, (nn.LayerNorm, KLNorm)) or module._modules.keys() - {"parametrizations"}:
+    if isinstance(module, (nn.LayerNorm, torch.jit.ScriptModule)):
         return False
-    parameters = {name for name, parameter in module._parameters.items() if parameter is not None}
-    buffers = {name for name, buffer in module._buffers.items() if buffer is not None}
-    if parameters - {"weight", "weight_orig"} or buffers - {"weight_mask"} or not _eps_names(module):
+    parameters, buffers = _present(module._parameters), _present(module._buffers)
+    children = _present(module._modules) - {"parametrizations"}
+    if children or parameters - {"weight", "weight_orig"} or buffers - {"weight_mask"} or not _eps_names(module):
         return False  # weight_orig and weight_mask: of a pruned norm, which is one, if not one to replace
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() == 0:
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return False
+    if weight.numel() < 2 or weight.shape[0] == 1:
+        return False  # it is broadcast over features, or over what is no feature
     return len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def _present(entries):
+    return {name for name, entry in entries.items() if entry is not None}
 
 
 def _eps_names(module):
     return [key for key, value in vars(module).items() if "eps" in key and (value is None or isinstance(value, float))]
 
 
-@torch.no_grad()
 def convention(module):
-    """The `Convention` of a module that looks like an RMSNorm; None where it computes something else.
-
-    It is tried out on small values, in fp32 and with a weight of known values: those of `module` may be on the meta
-    device, and do not tell weight * xhat from (1 + weight) * xhat where all are 0 or 1.
-    """
-    shape, device = module.weight.shape, "cpu" if module.weight.is_meta else module.weight.device
-    index = torch.arange(6 * shape.numel(), dtype=torch.float32, device=device).view(2, 3, *shape)
-    weight = 2 + index[0, 0].cos()
-    plain_class = parametrize.type_before_parametrizations(module)
-    trial = object.__new__(plain_class)
-    vars(trial).update({key: value for key, value in vars(module).items() if key != "weight"})
-    vars(trial).update(training=False, _buffers={}, _modules={}, _parameters={"weight": nn.Parameter(weight)})
+    """The `Convention` of a module that looks like an RMSNorm; None where it computes something else."""
     for eps_name in _eps_names(module):
         eps = getattr(module, eps_name)
-        # Uneven over features and not centred, and rows so small that eps shows.
-        x = (index.sin() + 0.5) * (1 + index[0, 0] / shape.numel())
-        x[:, 1:] *= abs(eps or torch.finfo(x.dtype).eps) ** 0.5
-        try:
-            y = plain_class.forward(trial, x.clone())
-        except Exception:  # of whatever kind: the class is not ours
-            return None
+        trial = try_out(module, eps)
         for offset in 0, 1:
-            if _close(y, F.rms_norm(x, shape, offset + weight, eps)):
+            if trial.gave(F.rms_norm(trial.x, trial.weight.shape, offset + trial.weight, eps)):
                 return Convention(offset, eps_name)
     return None
 
 
-def _close(y, expected):
-    tolerance = 32 * torch.finfo(expected.dtype).eps  # a few roundings, in whatever order
-    same_kind = isinstance(y, torch.Tensor) and y.shape == expected.shape and y.dtype == expected.dtype
-    return same_kind and torch.allclose(y, expected, tolerance, tolerance)
+def clashes(module):
+    """Names that the class of `module` or the module itself uses, and that a KL layer would use for something else."""
+    return sorted(_OURS & {*dir(type(module)), *vars(module)})
+
+
+_OURS = {*dir(KLForeignRMSNorm), *SETTINGS} - {
+    *dir(nn.Module), "reset_parameters", "kernel_layer_name", "bias", "_is_hf_initialized",
+}  # fmt: skip

@@ -171,7 +171,7 @@ def _active_copies(wrapper):
 def closed_form(divergence, parameters, prior, prior_std):
     """The sum of divergence(*parameters, prior, prior_std), a scalar; of sharded parameters a DTensor, see `whole`."""
     mean = parameters[0]
-    if not _is_sharded(mean):
+    if not is_sharded(mean):
         dtype = torch.promote_types(mean.dtype, torch.float32)
         return divergence(*(tensor.to(dtype) for tensor in (*parameters, prior)), prior_std).sum()
     from torch.distributed.tensor import DTensor, Partial, distribute_tensor
@@ -185,18 +185,19 @@ def closed_form(divergence, parameters, prior, prior_std):
 
 def whole(tensor):
     """A plain tensor; for a DTensor the whole of it, for which all its ranks communicate."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def _is_sharded(tensor):
-    return hasattr(tensor, "device_mesh")  # a DTensor; its class is there to be asked for only where torch has it
+def is_sharded(tensor):
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "device_mesh")  # its class is there to be asked for only where torch has it
 
 
 def _total(parts):
     """The sum, a plain scalar; what is sharded alike is added up first, for one all-reduce."""
     alike = {}
     for part in parts:
-        alike.setdefault((part.device_mesh, part.placements) if _is_sharded(part) else None, []).append(part)
+        alike.setdefault((part.device_mesh, part.placements) if is_sharded(part) else None, []).append(part)
     plain = alike.pop(None, [])
     plain += [whole(sum(sharded)) for sharded in alike.values()]
     return torch.stack([part.to(plain[0].device) for part in plain]).sum()

@@ -119,7 +119,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
 
     _plain_class = nn.RMSNorm
     _means = ("weight",)
-    _rms = True
+    _is_rms = True
     bias = bias_rho = bias_prior = None
 
     def __init__(

@@ -11,7 +11,7 @@ from .functional import normalize
 from .kl import LastKL, closed_form, whole
 from .reference.kl_norm import kl_deterministic, kl_normal
 
-_SETTINGS = (
+SETTINGS = (
     "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior",
     "_last_kl", "_sampling", "_shortcut_guard",
 )  # fmt: skip
@@ -36,12 +36,12 @@ class KLNorm(nn.Module):
     """
 
     _means = "weight", "bias"
-    _rms = False
+    _is_rms = False
 
     def _add_posterior(self, *, noise, sample_dim, init_std, prior_std, generator, posterior, prior="current"):
         """Make a KL layer of what is the norm; `prior` as in `klnorm.replace_layer_norm`."""
         eps = self._shape_and_eps()[1]
-        checks.check_config(prior_std, 1.0 if eps is None and self._rms else eps, noise)
+        checks.check_config(prior_std, 1.0 if eps is None and self._is_rms else eps, noise)
         checks.check_positive("init_std", init_std)
         checks.check_posterior(posterior)
         self.noise, self.sample_dim, self.generator = noise, sample_dim, generator
@@ -66,7 +66,7 @@ class KLNorm(nn.Module):
             delattr(self, f"{name}_rho")
             delattr(self, f"{name}_prior")
         self._guard_shortcut(removed=True)
-        for name in _SETTINGS:
+        for name in SETTINGS:
             delattr(self, name)
 
     def _shape_and_eps(self):
@@ -144,7 +144,7 @@ class KLNorm(nn.Module):
         """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode."""
         if not (self.training or self._sampling):
             return self._evaluate(x)
-        y, _, kl = self._normalize(x, sample=True)
+        y, _, kl = self._norm_and_kl(x, sample=True)
         if not torch.compiler.is_compiling():
             self._last_kl.remember(kl, y, self._kl_inputs(), self.prior_std)
         return y
@@ -157,15 +157,16 @@ class KLNorm(nn.Module):
         )
         if native:
             return super().forward(x)
-        return self._normalize(x, sample=False)[0]  # torch's norm would refuse the mixed dtypes, or return fp32
+        return self._norm_and_kl(x, sample=False)[0]  # torch's norm would refuse the mixed dtypes, or return fp32
 
-    def _normalize(self, x, sample):
+    def _norm_and_kl(self, x, sample):
         shape, eps = self._shape_and_eps()
         *parameters, weight_prior, bias_prior = self.posterior_and_prior()
         return normalize(
             x, None, shape, *parameters,
             0.0 if weight_prior is None else weight_prior, 0.0 if bias_prior is None else bias_prior,
-            self.prior_std, eps, self.noise, self.sample_dim, sample, None, self.generator, self.posterior, self._rms,
+            self.prior_std, eps, self.noise, self.sample_dim, sample, None, self.generator, self.posterior,
+            self._is_rms,
         )  # fmt: skip
 
     def posterior_and_prior(self):

@@ -2,13 +2,14 @@
 
 import warnings
 
-from torch import nn
-from torch.nn.utils import parametrize
-
 from . import checks
-from .candidates import LayerNorms, RMSNorms, plain_type
+from .candidates import LayerNorms, RMSNorms, check_uncovered, plain_type, refuse
+from .kl import is_sharded
 
 _PRIORS = "current", "standard"
+# By name, as torch need not have torch.distributed.
+_FSDP = "FSDPModule", "FullyShardedDataParallel"
+_WRAPPERS = "DistributedDataParallel", *_FSDP
 
 
 def replace_layer_norm(
@@ -45,8 +46,8 @@ def replace_layer_norm(
 
     Raises:
         TypeError, ValueError: as for `KLLayerNorm`; for a chosen layer that is parametrized, pruned, quantized, sharded
-            or not a LayerNorm in what it computes; for a model wrapped by DistributedDataParallel. The model is then
-            unchanged.
+            or not a LayerNorm in what it computes; for a model wrapped by DistributedDataParallel or FSDP. The model is
+            then unchanged.
 
     Warns:
         UserWarning: `model` has no KL layer after the call.
@@ -82,10 +83,10 @@ def replace_rms_norm(
 
     `replace_layer_norm` for RMSNorm: what is said there holds here too. An nn.RMSNorm becomes a `KLRMSNorm`. A class of
     another library, such as LlamaRMSNorm, T5LayerNorm or GemmaRMSNorm in transformers, is told by its build (one
-    parameter `weight`, an eps, a forward that takes x alone) and by what it computes on a small input: weight * xhat or
-    (1 + weight) * xhat. Its layers get a class of their own, a subclass of the one that they had: evaluation mode is
-    the forward of that class, bit for bit. `weight`, `weight_rho` and `weight_prior` stay in the units of its weight,
-    so that checkpoints fit; in training mode the output has the dtype of the input.
+    parameter `weight`, an eps, a forward that takes x alone) and by what it computes on a small fp32 input in both
+    modes: weight * xhat or (1 + weight) * xhat. Its layers get a class of their own, a subclass of the one that they
+    had: evaluation mode is the forward of that class, bit for bit. `weight`, `weight_rho` and `weight_prior` stay in
+    the units of its weight, so that checkpoints fit; in training mode the output has the dtype of the input.
 
     Args:
         model: any nn.Module, an RMSNorm itself included.
@@ -99,7 +100,8 @@ def replace_rms_norm(
         `model`.
 
     Raises:
-        TypeError, ValueError: as `replace_layer_norm`. The model is then unchanged.
+        TypeError, ValueError: as `replace_layer_norm`; and for a class that uses the name of an attribute of KL layers,
+            such as `noise`, for something of its own. The model is then unchanged.
 
     Warns:
         UserWarning: `model` has no KL layer in the place of an RMSNorm after the call.
@@ -148,7 +150,8 @@ def restore_layer_norm(model):
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: a layer is parametrized.
+        ValueError: a layer is parametrized, or has a forward that accelerate put into it; the model is sharded by FSDP.
+            The model is then unchanged.
 
     Example:
         >>> model = klnorm.restore_layer_norm(klnorm.replace_layer_norm(nn.TransformerEncoderLayer(16, 2)))
@@ -172,16 +175,26 @@ def restore_rms_norm(model):
 
 def _restore(model, norms):
     checks.check_module(model)
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, norms.kl_classes)]
+    if layers and (_wrapper(model, _FSDP) or any(is_sharded(p) for _, m in layers for p in m.parameters())):
+        raise ValueError(
+            "model is sharded by FSDP, which would put the deviations back, expected a bare one. Remedy: load its full "
+            "state dict (torch.distributed.checkpoint.state_dict) into a replaced model and restore that."
+        )
     # A subclass of somebody else's is no layer that replacing made.
-    layers = [(name, m) for name, m in model.named_modules() if "_plain_class" in vars(plain_type(m))]
-    layers = [(name, m) for name, m in layers if isinstance(m, norms.kl_classes)]
+    layers = [(name, m) for name, m in layers if "_plain_class" in vars(plain_type(m))]
     for name, module in layers:
-        if parametrize.is_parametrized(module):
-            norms.refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
+        check_uncovered(name, module, refuse)
     for _, module in layers:
         module._remove_posterior()
         module.__class__ = type(module)._plain_class
     return model
+
+
+def _wrapper(model, names):
+    """The first of these class names that a module of `model` is an instance of, or None."""
+    found = {base.__name__ for m in model.modules() for base in type(m).__mro__}
+    return next((name for name in names if name in found), None)
 
 
 class last_norms:
@@ -219,10 +232,10 @@ class last_norms:
 def _choose(model, norms, filter_fn):
     """(name, module) of the layers to convert."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, norms.kl_classes) or norms.is_norm(m)]
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+    if wrapper := _wrapper(model, _WRAPPERS):
         raise ValueError(
-            "model is wrapped by DistributedDataParallel, expected a bare one: the new parameters would not be "
-            "synchronized. Remedy: replace the norms first, then wrap."
+            f"model is wrapped by {wrapper}, expected a bare one: the new parameters would not be synchronized. "
+            "Remedy: replace the norms first, then wrap."
         )
     if filter_fn is None:
         found = [(name, m) for name, m in found if norms.is_default(m)]

@@ -42,6 +42,57 @@ class OnePlusWeight(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
 
 
+class TwiceTheShift(nn.LayerNorm):
+    """With a shift of 0 it cannot be told from LayerNorm."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, 2 * self.bias, self.eps)
+
+
+class AbsoluteScale(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.abs(), self.bias, self.eps)
+
+
+class OtherEps(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, 2 * self.eps)
+
+
+class Gained(nn.LayerNorm):
+    def __init__(self, n):
+        super().__init__(n)
+        self.gain = nn.Parameter(torch.ones(n))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class GainedByBuffer(nn.LayerNorm):
+    def __init__(self, n):
+        super().__init__(n)
+        self.register_buffer("gain", torch.ones(n))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class GainedByChild(nn.LayerNorm):
+    def __init__(self, n):
+        super().__init__(n)
+        self.gain = nn.Identity()
+
+    def forward(self, x):
+        return self.gain(super().forward(x))
+
+
+class Dropping(nn.LayerNorm):
+    """Another function in training mode."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
 class Renamed(nn.LayerNorm):
     pass
 
@@ -81,24 +132,46 @@ def test_filter_takes_a_subclass_that_the_default_leaves():
     assert type(restore_layer_norm(model)[1]) is nn.LayerNorm
 
 
-@pytest.mark.parametrize("own", [ChannelsFirst, OnePlusWeight])
-def test_a_subclass_of_other_arithmetic_is_refused(own):
-    model = model_of(nn.LayerNorm(N), own(N))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "own",
+    [
+        ChannelsFirst, OnePlusWeight, TwiceTheShift, AbsoluteScale, OtherEps, Gained, GainedByBuffer, GainedByChild,
+        Dropping,
+    ],
+)  # fmt: skip
+def test_a_subclass_of_other_arithmetic_is_refused(own, dtype):
+    model = model_of(nn.LayerNorm(N), own(N)).to(dtype).eval()
     assert replaced(replace_layer_norm(copy.deepcopy(model))) == ["0"]
-    with pytest.raises(
-        ValueError, match=rf"layer '1' is a {own.__name__} with a forward of its own, which .*filter_fn"
-    ):
+    with pytest.raises(ValueError, match=rf"layer '1' is a {own.__name__}, which computes something else.*filter_fn"):
         replace_layer_norm(model, filter_fn=lambda module, name: True)
     assert replaced(model) == []
 
 
-def test_a_subclass_on_the_meta_device_is_refused_only_where_it_would_have_to_be_tried_out():
+@pytest.mark.parametrize("options", [{}, {"bias": False}])
+def test_a_subclass_on_the_meta_device_is_tried_out(options):
+    class Own(nn.LayerNorm):
+        def forward(self, x):
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
     with torch.device("meta"):
-        model = model_of(Renamed(N), Upcast(N))
-    with pytest.raises(ValueError, match="meta device"):
+        model = model_of(Renamed(N), Own(N, **options), OnePlusWeight(N, **options))
+    replace_layer_norm(model, filter_fn=lambda module, name: name != "2")
+    assert replaced(model) == ["0", "1"]
+    assert model[1].weight_rho.is_meta
+    with pytest.raises(ValueError, match="is a OnePlusWeight, which computes something else"):
         replace_layer_norm(model, filter_fn=lambda module, name: True)
-    assert replaced(replace_layer_norm(model, filter_fn=lambda module, name: name == "0")) == ["0"]
-    assert model[0].weight_rho.is_meta
+
+
+@pytest.mark.parametrize("n", [2, 100, 10_000])
+def test_a_subclass_that_computes_it_in_another_order_is_taken(n):
+    class WrittenOut(nn.LayerNorm):
+        def forward(self, x):
+            mean = x.mean(-1, keepdim=True)
+            variance = x.square().mean(-1, keepdim=True) - mean.square()
+            return self.weight * torch.rsqrt(variance + self.eps) * (x - mean) + self.bias
+
+    assert replaced(replace_layer_norm(model_of(WrittenOut(n)), filter_fn=lambda module, name: True)) == ["0"]
 
 
 def test_trying_out_a_subclass_leaves_no_trace():

@@ -47,11 +47,11 @@ class Subclass(nn.RMSNorm):
 
 
 class TwoEps(Rms):
-    """The eps that counts is the second."""
+    """The eps that counts is the second number, the third attribute with these letters."""
 
     def __init__(self):
         super().__init__()
-        self.eps_of_another_use, self.epsilon = 0.5, self.__dict__.pop("epsilon")
+        self.steps, self.eps_of_another_use, self.epsilon = "many", 0.5, self.__dict__.pop("epsilon")
 
 
 class Doubled(Rms):
@@ -81,9 +81,70 @@ class Clipped(Rms):
         return super().scaled(xhat.clamp(-1, 1))
 
 
+class ClippedFarOut(Rms):
+    def scaled(self, xhat):
+        return super().scaled(xhat.clamp(-2.7, 2.7))  # of at most 8 ** 0.5
+
+
+class ClippedOutput(Rms):
+    def scaled(self, xhat):
+        return super().scaled(xhat).clamp(-40, 40)
+
+
+class ClippedInput(Rms):
+    def forward(self, x):
+        return super().forward(x.clamp(-1e3, 1e3))
+
+
+class Absolute(Rms):
+    def scaled(self, xhat):
+        return self.weight.abs() * xhat
+
+
+class Dropping(Rms):
+    """Another function in training mode."""
+
+    def scaled(self, xhat):
+        return super().scaled(F.dropout(xhat, 0.5, self.training))
+
+
+class OnlyInTraining(Rms):
+    def forward(self, x):
+        return super().forward(x) if self.training else x
+
+
+class OtherEps(Rms):
+    def __init__(self):
+        super().__init__(eps=1.001 * 0.01)
+        self.epsilon, self.used = 0.01, self.epsilon
+
+    def forward(self, x):
+        return self.scaled(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.used))
+
+
+class OtherEpsThanNone(Rms):
+    """Where nn.RMSNorm takes that of fp32."""
+
+    def __init__(self):
+        super().__init__(eps=None)
+
+    def forward(self, x):
+        return self.scaled(F.rms_norm(x, (N,), None, 1e-6))
+
+
+class OneMoreDimension(Rms):
+    def forward(self, x):
+        return super().forward(x)[None]
+
+
 class Failing(Rms):
     def forward(self, x):
         raise KeyError("this class wants something else")
+
+
+class OtherDtype(Rms):
+    def forward(self, x):
+        return super().forward(x).double()
 
 
 class Gated(Rms):
@@ -118,9 +179,70 @@ class WithBias(Rms):
         self.bias = nn.Parameter(torch.zeros(N))
 
 
-SIMILAR = Doubled, Centred, Halves, EpsOutside, Clipped, Failing
-NO_NORMS = Gated, NoEps, WithChild, WithBuffer, WithBias
-FOREIGN = Rms, OnePlus, Subclass, TwoEps
+class OneScale(Rms):
+    """One number for all features."""
+
+    def __init__(self):
+        super().__init__(1)
+
+
+class NoDimension(Rms):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+
+class Unweighted(Rms):
+    def __init__(self):
+        super().__init__()
+        self.weight = None
+
+
+class Broadcast(Rms):
+    """Features are the last dimension alone, and the one before has any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, N))
+
+
+class Empty(Rms):
+    def __init__(self):
+        super().__init__(0)
+
+
+class IntegerScale(Rms):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(N, dtype=torch.int64), requires_grad=False)
+
+
+class Inner(Rms):
+    """Its methods have names that come to mind, and what else it could use is None."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = None
+        self.register_parameter("gain", None)
+        self.register_buffer("shift", None)
+        self.register_module("gate", None)
+
+    def _normalize(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+
+    _rms = _normalize
+
+    def forward(self, x):
+        y = self.scaled(self._rms(x.float())).to(x.dtype)
+        return y if self.bias is self.gain is self.shift is self.gate is None else y + 1
+
+
+SIMILAR = (
+    Doubled, Centred, Halves, EpsOutside, Clipped, ClippedFarOut, ClippedInput, ClippedOutput, Absolute, Dropping,
+    OnlyInTraining, OtherEps, OtherEpsThanNone, OtherDtype, OneMoreDimension, Failing,
+)  # fmt: skip
+NO_NORMS = Gated, NoEps, WithChild, WithBuffer, WithBias, OneScale, NoDimension, Unweighted, Broadcast, Empty
+FOREIGN = Rms, OnePlus, Subclass, TwoEps, Inner
 
 
 def model_of(*layers):
@@ -132,7 +254,7 @@ def model_of(*layers):
 
 
 def new(kind, device="cpu"):
-    return model_of(kind(N) if kind is Subclass else kind()).to(device)[0]
+    return model_of(kind(N) if issubclass(kind, nn.RMSNorm) else kind()).to(device)[0]
 
 
 def snapshot(model):
@@ -217,6 +339,13 @@ def test_one_plus_weight_is_not_rounded_to_the_dtype_of_the_weight(device):
     torch.testing.assert_close(with_prior_at_0 - layer.kl_divergence(), torch.tensor(distance).to(y), rtol=0, atol=5e-4)
 
 
+def test_a_scale_that_is_the_weight_is_not_copied():
+    layer = replace_rms_norm(new(Rms).bfloat16())
+    posterior = layer.posterior_and_prior()
+    assert posterior.weight is layer.weight
+    assert posterior.weight_prior is layer.weight_prior
+
+
 def test_divergence_of_one_plus_weight_is_the_same_from_the_forward_and_in_closed_form(device):
     for posterior in "sampled", "deterministic":
         layer = replace_rms_norm(new(OnePlus, device), posterior=posterior, prior_std=0.5)
@@ -253,6 +382,48 @@ def test_what_only_looks_like_an_rms_norm_is_refused_where_a_filter_chooses_it(k
     with pytest.raises(ValueError, match=rf"layer '1' is a {kind.__name__}, which computes something else.*filter_fn"):
         replace_rms_norm(model, filter_fn=lambda module, name: True)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("n", [2, 3, 1000])
+def test_every_width_is_told(n):
+    model = nn.Sequential(Rms(n), OnePlus(n), Centred(n), Absolute(n), Doubled(n))
+    assert list(kl_layers(replace_rms_norm(model))) == ["0", "1"]
+
+
+def test_the_widest_centred_norm_is_told():
+    model = nn.Sequential(Rms(), Centred(2**20))
+    assert list(kl_layers(replace_rms_norm(model))) == ["0"]
+
+
+def test_a_class_for_inference_that_works_in_place_is_replaced():
+    class InPlace(Rms):
+        def forward(self, x):
+            x *= torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+            return torch.mul(x, self.weight, out=torch.empty_like(x))
+
+    assert list(kl_layers(replace_rms_norm(nn.Sequential(InPlace())))) == ["0"]
+
+
+def test_a_negative_eps_is_no_norms():
+    assert list(kl_layers(replace_rms_norm(nn.Sequential(Rms(eps=-0.01), Rms())))) == ["1"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_norm_and_one_of_integers_are_left_alone():
+    model = nn.Sequential(torch.jit.script(nn.RMSNorm(N)), IntegerScale(), Rms())
+    assert list(kl_layers(replace_rms_norm(model))) == ["2"]
+
+
+@pytest.mark.parametrize("name", ["noise", "posterior", "kl_divergence", "_evaluate"])
+def test_a_class_that_uses_names_of_kl_layers_is_refused(name):
+    of_class, of_instance = type("Own", (Rms,), {name: 0.0})(), Rms()
+    vars(of_instance)[name] = 0.0
+    for layer in of_class, of_instance:
+        model = nn.Sequential(nn.RMSNorm(N), layer)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=rf"names of its own that KL layers use \({name}\).*filter_fn"):
+            replace_rms_norm(model)
+        assert snapshot(model) == before
 
 
 def test_filter_is_asked_for_what_is_built_like_an_rms_norm():
@@ -292,6 +463,14 @@ def test_replacing_twice_changes_nothing_more():
     model = replace_rms_norm(model_of(nn.RMSNorm(N), OnePlus()))
     before = snapshot(model)
     assert snapshot(replace_rms_norm(model, noise="batch")) == before
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, Rms])
+def test_replacing_again_does_not_disturb_a_forward(kind):
+    layer = replace_rms_norm(new(kind), posterior="deterministic")
+    y = layer(torch.randn(3, N))
+    replace_rms_norm(layer)
+    assert layer._divergence().grad_fn is y.grad_fn
 
 
 def test_trying_out_leaves_no_trace(device):
@@ -341,7 +520,7 @@ def with_own_forward(layer):
     [
         (pruned, "computes its weight"),
         (parametrized, r"is parametrized.*remove_parametrizations"),
-        (with_own_forward, "has a forward that accelerate or another library put into it.*replace before that"),
+        (with_own_forward, "has a forward that accelerate or another library put into it.*replace or restore first"),
     ],
 )
 def test_a_norm_without_plain_parameters_is_refused_unless_left_out(kind, spoil, message):
@@ -356,6 +535,30 @@ def test_a_norm_without_plain_parameters_is_refused_unless_left_out(kind, spoil,
         replace_rms_norm(model)
     assert [type(module) for module in model] == types
     assert list(kl_layers(replace_rms_norm(model, filter_fn=lambda module, name: name == "0"))) == ["0"]
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, Rms])
+def test_a_weight_of_a_dtype_that_the_operator_cannot_read_is_refused(kind):
+    with pytest.raises(ValueError, match=r"holds its weight as a Tensor of torch\.float8_e4m3fn"):
+        replace_rms_norm(kind(N).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_a_parameter_that_was_shared_out_is_refused(kind):
+    layer = kind(N)
+    layer.weight.data = torch.empty(0)  # as DeepSpeed leaves it
+    with pytest.raises(ValueError, match=r"holds its weight in shape \(0,\), not \(8,\)"):
+        (replace_rms_norm if kind is nn.RMSNorm else klnorm.replace_layer_norm)(layer)
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_no_weight_and_no_features_are_refused(kind):
+    replace, layer = replace_rms_norm if kind is nn.RMSNorm else klnorm.replace_layer_norm, kind(N)
+    layer.weight = None
+    with pytest.raises(ValueError, match="computes its weight"):
+        replace(layer)
+    with pytest.raises(ValueError, match=r"normalized_shape is \(0,\), expected a positive int"):
+        replace(kind(0))
 
 
 def test_a_layer_norm_with_a_forward_of_its_own_is_refused_too():
@@ -460,22 +663,86 @@ def test_a_name_by_which_a_library_would_put_in_its_kernel_is_hidden_while_repla
     assert type(restore_rms_norm(layer)).kernel_layer_name == "RMSNorm"
 
 
-def test_sharded_layers_have_the_same_divergence():
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_layers_have_the_same_divergence(process_group):
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        layer = replace_rms_norm(new(OnePlus))
-        with torch.no_grad():
-            layer.weight.add_(0.2)
-        expected = klnorm.kl_divergence(layer)
-        gradient = torch.autograd.grad(expected, layer.weight)[0]
-        kl = klnorm.kl_divergence(fully_shard(layer))
-        torch.testing.assert_close(kl, expected)
-        kl.backward()
-        torch.testing.assert_close(klnorm.kl.whole(layer.weight.grad), gradient)
-    finally:
-        torch.distributed.destroy_process_group()
+    layer = replace_rms_norm(new(OnePlus))
+    with torch.no_grad():
+        layer.weight.add_(0.2)
+    expected = klnorm.kl_divergence(layer)
+    gradient = torch.autograd.grad(expected, layer.weight)[0]
+    kl = klnorm.kl_divergence(fully_shard(layer))
+    torch.testing.assert_close(kl, expected)
+    kl.backward()
+    torch.testing.assert_close(klnorm.kl.whole(layer.weight.grad), gradient)
+
+
+def sharded(model, part):
+    """`model` under FSDP2, as a whole or in its layers."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in [model] if part == "model" else model:
+        fully_shard(module)
+    return model
+
+
+KINDS = {
+    nn.RMSNorm: (replace_rms_norm, restore_rms_norm),
+    Rms: (replace_rms_norm, restore_rms_norm),
+    nn.LayerNorm: (klnorm.replace_layer_norm, klnorm.restore_layer_norm),
+}
+
+
+@pytest.mark.parametrize("part", ["model", "layers"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_model_is_not_replaced(process_group, kind, part):
+    model = sharded(nn.Sequential(kind(N), nn.Linear(N, N)), part)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"wrapped by FSDPModule.*replace the norms first"):
+            KINDS[kind][0](model)
+        model(torch.randn(2, N))  # after which the parameters of the root are plain ones
+    assert kl_layers(model) == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_under_fsdp1_is_neither_replaced_nor_restored(kind):
+    replace, restore = KINDS[kind]
+    stand_in = type("FullyShardedDataParallel", (nn.Sequential,), {})  # the real one needs a GPU
+    with pytest.raises(ValueError, match="wrapped by FullyShardedDataParallel"):
+        replace(stand_in(kind(N)))
+    with pytest.raises(ValueError, match="sharded by FSDP"):
+        restore(stand_in(replace(kind(N))))
+
+
+@pytest.mark.parametrize("part", ["model", "layers"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_model_is_not_restored_but_one_with_its_state_is(process_group, kind, part):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    replace, restore = KINDS[kind]
+    plain = replace(nn.Sequential(kind(N), nn.Linear(N, N)))
+    model = sharded(copy.deepcopy(plain), part)
+    with torch.no_grad():
+        model[0].weight.add_(0.3)
+    for layer in model, model[0]:
+        with pytest.raises(ValueError, match=r"sharded by FSDP.*Remedy: load its full state dict"):
+            restore(layer)
+    x = torch.randn(2, N)
+    y = model.eval()(x)
+    with pytest.raises(ValueError, match="sharded by FSDP"):
+        restore(model)
+    assert list(kl_layers(model)) == ["0"]
+    plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    assert torch.equal(restore(plain).eval()(x), y)
+    other = klnorm.restore_layer_norm if kind is not nn.LayerNorm else restore_rms_norm
+    assert other(model) is model  # has no layer to restore
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -500,7 +767,7 @@ def test_compiles_without_a_break(device, training, fresh_dynamo):
 
 @pytest.mark.parametrize("kind", [*FOREIGN, nn.RMSNorm])
 def test_restoring_gives_back_the_class_and_the_evaluation_bit_for_bit(kind):
-    model = model_of(kind(N) if kind in (nn.RMSNorm, Subclass) else kind())
+    model = nn.Sequential(new(kind))
     model[0].register_forward_hook(lambda *_: None)
     before, x = snapshot(model), torch.randn(3, N)
     replace_rms_norm(model)
@@ -513,6 +780,18 @@ def test_restoring_gives_back_the_class_and_the_evaluation_bit_for_bit(kind):
     assert kept_alive.requires_grad
     assert snapshot(model) == before
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, nn.RMSNorm])
+def test_a_layer_with_a_forward_put_into_it_is_not_restored(kind):
+    model = replace_rms_norm(nn.Sequential(nn.RMSNorm(N), with_own_forward(replace_rms_norm(new(kind)))))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layer '1' has a forward that accelerate .*restore first") as raised:
+        restore_rms_norm(model)
+    assert "filter_fn" not in str(raised.value)
+    assert snapshot(model) == before
+    del model[1].forward
+    assert kl_layers(restore_rms_norm(model)) == {}
 
 
 def test_restoring_leaves_a_users_subclass_and_refuses_a_parametrized_layer():

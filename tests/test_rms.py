@@ -72,6 +72,11 @@ def test_bad_settings_are_refused(options, message):
         KLRMSNorm(**{"normalized_shape": N, **options})
 
 
+def test_only_an_rms_norm_has_a_default_eps():
+    with pytest.raises(TypeError, match="eps is a NoneType, expected a float"):
+        klnorm.KLLayerNorm(N, eps=None)
+
+
 @pytest.mark.parametrize("eps", [None, 0.3])
 @pytest.mark.parametrize("noise", ["batch", "sample", "token"])
 def test_training_passes_every_setting_to_the_functional(device, noise, eps):

@@ -219,3 +219,19 @@ def test_generation_is_unchanged(device):
     ids = new_inputs(device)["input_ids"]
     before = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(klnorm.replace_rms_norm(model).generate(ids, max_new_tokens=4, do_sample=False), before)
+
+
+def test_peft_trains_a_copy_of_a_replaced_norm(device):
+    peft = pytest.importorskip("peft")
+    model, inputs = klnorm.replace_rms_norm(new_model("gemma", device)), new_inputs(device)
+    before, kinds = evaluated(model, inputs), [type(layer) for layer in norms(model, "gemma").values()]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
+    assert torch.equal(evaluated(adapted, inputs), before)
+    layers = klnorm.kl_layers(adapted)
+    assert {name.rpartition("modules_to_save.")[2] for name in layers} == {"default"}
+    assert [type(layer) for layer in layers.values()] == kinds
+    train(adapted, inputs)
+    trained = evaluated(adapted, inputs)
+    assert not torch.equal(trained, before)
+    assert torch.equal(evaluated(klnorm.restore_rms_norm(adapted), inputs), trained)
+    assert klnorm.kl_layers(adapted) == {}
