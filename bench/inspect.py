@@ -77,10 +77,10 @@ ROW_SCALARS = 6  # accesses of single numbers of a row in one loop, at most: mea
 
 
 def calls(n_cols, dtype, mode, arch):
-    """Kind -> the `launch.Call` that klnorm would make for ROWS x n_cols in this mode, on tensors without memory."""
+    """Kind -> (the `launch.Call` that klnorm would make for ROWS x n_cols in this mode, tensors without memory)."""
     capability, multiprocessors = ARCHITECTURES[arch]
     clusters = tuning.has_clusters(divmod(capability, 10), triton.__version__)
-    target = launch.Target(multiprocessors, True, clusters)
+    target = launch.Target(torch.device("meta"), multiprocessors, True, clusters)
 
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -92,25 +92,28 @@ def calls(n_cols, dtype, mode, arch):
     scale, shift = tensor(groups, n_cols), None if rms else tensor(groups, n_cols)
     parameters = [scale, shift, scale, shift, tensor(n_cols), None if rms else tensor(n_cols)]
     seed = None if mode == "eval" else tensor(1, dtype=torch.int64)
-    numbers = {"weight_prior": 0.0, "bias_prior": 0.0, "prior_std": 0.1}
-    layout = launch.Layout.of(seed, ROWS, draws, inner, groups)
-    forward = launch.forward_call(
-        target, layout, rows, residual, parameters, seed, rows, residual, mean, rstd, kl, {**numbers, "eps": 1e-5}
-    )
-    plan = launch._backward_plan(target, layout, n_cols, rows.element_size())
-    partial = tensor(groups * plan.runs.programs, plan.slots, n_cols, dtype=acc)
-    backward = launch.backward_call(
-        target, plan, rows, rows, residual, parameters, seed, mean, rstd, (rows, None, partial)
-    )
-    finalize = launch.finalize_call(target, plan, partial, parameters, seed, kl, parameters[:4], numbers)
-    return {"forward": forward, "backward": backward, "finalize": finalize}
+    shape = target, seed is not None, ROWS, n_cols, rows.element_size(), draws, inner, groups
+    prior = 0.0, 0.0, 0.1
+    forward = launch.forward_call(*shape, rms, *launch._access(n_cols, rows, residual), *prior, 1e-5)
+    access = launch._access(n_cols, rows, rows, residual)
+    plan = launch.backward_plan(*shape, True, shift is not None, *access, *prior)
+    partial, *row_sums = (tensor(*buffer, dtype=acc) for buffer in plan.buffers)
+    statistics = seed, mean, rstd
+    return {
+        "forward": (forward, (rows, residual, *parameters, seed, rows, residual, mean, rstd, kl)),
+        "backward": (
+            plan.rows,
+            (rows, rows, residual, scale, scale, shift, *statistics, rows, None, partial, *row_sums),
+        ),
+        "finalize": (plan.finalize, (partial, *parameters, seed, kl, *parameters[:4])),
+    }
 
 
-def compile_ahead(call, capability):
+def compile_ahead(call, tensors, capability):
     """The compiled kernel of a call, with the types and alignments that Triton's launcher would find."""
     names = call.kernel.arg_names
     signature, constants, attributes = dict.fromkeys(names, "constexpr"), dict(call.constants), {}
-    for i, (name, value) in enumerate(zip(names, call.args, strict=False)):
+    for i, (name, value) in enumerate(zip(names, (*tensors, *call.sizes), strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -165,8 +168,8 @@ def access_widths(ops):
 def inspect(variant):
     """A row of figures for (n_cols, dtype name, mode, kind, architecture)."""
     n_cols, dtype, mode, kind, arch = variant
-    call = calls(n_cols, DTYPES[dtype], mode, arch)[kind]
-    compiled = compile_ahead(call, ARCHITECTURES[arch][0])
+    call, tensors = calls(n_cols, DTYPES[dtype], mode, arch)[kind]
+    compiled = compile_ahead(call, tensors, ARCHITECTURES[arch][0])
     usage = disassemble(compiled.asm["cubin"], "-res-usage")
     registers, stack, shared, local = map(
         int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()

@@ -65,7 +65,7 @@ def check_input(x, shape):
         raise TypeError(f"x has dtype {x.dtype}, expected one of {_names(FLOATS)}. Remedy: x.float().")
     if x.layout != torch.strided:
         raise TypeError(f"x has layout {x.layout}, expected torch.strided. Remedy: x.to_dense().")
-    if x.device.type not in ("cpu", "cuda", "meta"):
+    if not (x.is_cuda or x.is_cpu or x.is_meta):
         raise ValueError(f"x is on {x.device}, expected a CPU or CUDA tensor. Remedy: x.cpu().")
     if x.shape[-len(shape) :] != shape:
         raise ValueError(
@@ -257,7 +257,7 @@ def is_readable(tensor):
 
 
 def _is_real(value):
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def _check_like(name, parameter, x, shape):

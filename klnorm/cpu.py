@@ -101,9 +101,9 @@ def backward(
     return dx, dresidual, *gradients
 
 
-def noise_mode(seed, n_rows, draws):
+def noise_mode(sampled, n_rows, draws):
     """ "none" (evaluation), "merged" (every row its own draw) or "shared"."""
-    if seed is None:
+    if not sampled:
         return "none"
     return "merged" if draws == n_rows else "shared"
 
@@ -124,7 +124,7 @@ def _priors(acc, weight_prior, bias_prior, weight_prior_value, bias_prior_value)
 def _parts(n_rows, groups, seed, draws, inner):
     """(slices of the rows, Noise) of the groups."""
     group_rows = n_rows // groups
-    mode = noise_mode(seed, n_rows, draws)
+    mode = noise_mode(seed is not None, n_rows, draws)
     shared = mode == "shared" and n_rows
     layout = group_layout(draws, inner, group_rows) if shared else (1, group_rows)
     starts = [i * group_rows for i in range(groups)]

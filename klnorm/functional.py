@@ -95,8 +95,8 @@ def kl_layer_norm(
         (True, 0.0)
     """
     y, sum_, kl = normalize(
-        x, residual, normalized_shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
-        noise, sample_dim, sample, seed, generator, posterior,
+        x, residual, checks.as_shape(normalized_shape), weight, bias, weight_rho, bias_rho, weight_prior, bias_prior,
+        prior_std, eps, noise, sample_dim, sample, seed, generator, posterior,
     )  # fmt: skip
     _check_finite(kl, weight=weight, bias=bias, weight_rho=weight_rho, bias_rho=bias_rho)
     return (y, kl) if residual is None else (y, sum_, kl)
@@ -142,7 +142,7 @@ def kl_rms_norm(
         True
     """
     y, sum_, kl = normalize(
-        x, residual, normalized_shape, weight, None, weight_rho, None, weight_prior, 0.0, prior_std,
+        x, residual, checks.as_shape(normalized_shape), weight, None, weight_rho, None, weight_prior, 0.0, prior_std,
         eps, noise, sample_dim, sample, seed, generator, posterior, rms=True,
     )  # fmt: skip
     _check_finite(kl, weight=weight, weight_rho=weight_rho)
@@ -150,19 +150,18 @@ def kl_rms_norm(
 
 
 def normalize(
-    x, residual, normalized_shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
+    x, residual, shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
     noise, sample_dim, sample, seed, generator, posterior, rms=False,
 ):  # fmt: skip
     """(y, sum or None, kl) without the check that the KL is finite, which a layer leaves to `klnorm.kl_divergence`."""
-    shape = checks.as_shape(normalized_shape)
     checks.check_input(x, shape)
     checks.check_residual(residual, x)
     eps = torch.finfo(accumulation_dtype(x)).eps if rms and eps is None else eps
     checks.check_config(prior_std, eps, noise)
     checks.check_posterior(posterior)
     groups = checks.check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior)
-    checks.check_prior("weight_prior", weight_prior, x, shape)
-    checks.check_prior("bias_prior", bias_prior, x, shape)
+    weight_prior, weight_prior_value = _prior("weight_prior", weight_prior, x, shape)
+    bias_prior, bias_prior_value = _prior("bias_prior", bias_prior, x, shape)
     sample = sample and posterior == "sampled"
     if noise == "sample" and sample:
         sample_dim = checks.resolve_sample_dim(x, len(shape), sample_dim)
@@ -172,11 +171,13 @@ def normalize(
     if groups is not None:
         checks.check_groups(groups, n_rows, draws, inner)
     function = ops.TransformableFunction if checks.transforming() else ops.KLNormFunction
-    y, sum_, kl, *_ = function.apply(
-        x, residual, weight, bias, weight_rho, bias_rho,
-        *_prior_tensors(weight_prior, bias_prior), _seed(x, seed, generator) if sample else None,
-        *_prior_numbers(weight_prior, bias_prior), prior_std, eps, draws, inner, 1 if groups is None else groups, rms,
+    seed = _seed(x, seed, generator) if sample else None
+    numbers = (
+        weight_prior_value, bias_prior_value, prior_std, eps, draws, inner, 1 if groups is None else groups, rms,
     )  # fmt: skip
+    y, sum_, kl, *_ = function.apply(
+        x, residual, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed, numbers
+    )
     return y, sum_, kl.reshape(1) if groups == 1 else kl
 
 
@@ -190,12 +191,12 @@ def _seed(x, seed, generator):
     return torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
 
 
-def _prior_tensors(*priors):
-    return [prior.detach() if isinstance(prior, torch.Tensor) else None for prior in priors]
-
-
-def _prior_numbers(*priors):
-    return [0.0 if isinstance(prior, torch.Tensor) else float(prior) for prior in priors]
+def _prior(name, prior, x, shape):
+    """A prior mean as the operator takes it: (tensor, 0.0) or (None, number)."""
+    checks.check_prior(name, prior, x, shape)
+    if isinstance(prior, torch.Tensor):
+        return prior.detach() if prior.requires_grad else prior, 0.0
+    return None, float(prior)
 
 
 def _check_finite(kl, **parameters):

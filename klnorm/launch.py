@@ -1,9 +1,11 @@
 """Allocates outputs, chooses tiles and grids, and launches the kernels. Knows no autograd.
 
-Same arguments and results as `klnorm.cpu`. Forward launches one kernel, backward two.
+Same arguments and results as `klnorm.cpu`. Forward launches one kernel, backward two. What a launch takes beside its
+tensors is worked out once for every shape, as on small inputs the host is what takes the time.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -18,6 +20,9 @@ from .kernels.finalize import finalize_kernel
 from .kernels.forward import forward_kernel, forward_wide_kernel
 from .layout import group_layout
 from .reference.kl_norm import FLOOR, accumulation_dtype
+from .versions import reaches
+
+_KEEPS = reaches(triton.__version__, (3, 3))  # compiled kernels; before, they took other arguments
 
 
 class Target(NamedTuple):
@@ -26,28 +31,52 @@ class Target(NamedTuple):
     `fast`: the noise may use NVIDIA's own instructions; `clusters`: a row may be split over several multiprocessors.
     """
 
+    device: torch.device
     multiprocessors: int
     fast: bool
     clusters: bool
 
 
-class Call(NamedTuple):
-    """A kernel with everything that one launch of it takes; `grid`: programs, each of `num_ctas` blocks, and groups."""
+@dataclasses.dataclass(eq=False)
+class Call:
+    """A kernel with everything that its launches take but the tensors, which are its first arguments.
+
+    `grid`: programs, each of `num_ctas` blocks, and groups; `sizes`: the arguments after the tensors; `constants`: the
+    others, by name. It belongs to one device, as the compiled kernel does.
+    """
 
     kernel: object
     grid: tuple
-    args: tuple
+    sizes: tuple
     constants: dict
     num_warps: int
     num_ctas: int = 1
+
+    def __post_init__(self):
+        ordered = [self.constants[name] for name in self.kernel.arg_names if name in self.constants]
+        self._rest = *self.sizes, *ordered
+        self._compiled = {}
 
     @property
     def options(self):
         """Of the compiler; fused multiply-adds explicitly, since Triton's default for them changes with its version."""
         return {"num_warps": self.num_warps, "num_ctas": self.num_ctas, "enable_fp_fusion": True}
 
-    def launch(self):
-        self.kernel[self.grid](*self.args, **self.constants, **self.options)
+    def launch(self, inputs, outputs):
+        """Launch, on the current device; `outputs` are new tensors, of dtypes that follow from the inputs'.
+
+        Triton examines every argument of every launch, constants too, which takes longer than all else here. So its
+        compiled kernel is kept and launched directly where all that another one could be needed for is the same:
+        which inputs there are, their dtypes, and whether they are aligned to 16 bytes, as new memory always is.
+        """
+        kinds = tuple([t if t is None else (t.dtype, t.data_ptr() % 16) for t in inputs])
+        launch = self._compiled.get(kinds)
+        if launch is not None:
+            launch(*inputs, *outputs, *self._rest)
+            return
+        compiled = self.kernel[self.grid](*inputs, *outputs, *self._rest, **self.options)
+        if _KEEPS and compiled is not None:  # Triton's interpreter compiles nothing
+            self._compiled[kinds] = compiled[(*self.grid, 1)]
 
 
 class Layout(NamedTuple):
@@ -80,8 +109,8 @@ class Layout(NamedTuple):
         return "strided" if self.inner == 1 else "blocked"
 
     @classmethod
-    def of(cls, seed, n_rows, draws, inner, groups):
-        noise = noise_mode(seed, n_rows, draws)
+    def of(cls, sampled, n_rows, draws, inner, groups):
+        noise = noise_mode(sampled, n_rows, draws)
         if noise != "shared" or not n_rows:
             return cls(noise, n_rows, groups, 1, max(1, n_rows // groups), 1, max(1, n_rows))
         return cls(noise, n_rows, groups, *group_layout(draws, inner, n_rows // groups), draws, inner)
@@ -92,31 +121,20 @@ def forward(
     weight_prior_value, bias_prior_value, prior_std, eps, draws, inner, groups, rms,
 ):  # fmt: skip
     """(y, sum, kl, mean, rstd); the arguments are those of the operator in `klnorm.ops`."""
-    n_cols = weight.numel() // groups
+    acc, device, n_cols = accumulation_dtype(x), x.device, weight.numel() // groups
+    n_rows = x.numel() // n_cols
     rows, residual_rows = _rows(x, n_cols), None if residual is None else _rows(residual, n_cols)
-    acc = accumulation_dtype(x)
-    y, sum_ = _empty(x.shape, x), None if residual is None else _empty(x.shape, residual)
-    kl = torch.empty(() if groups == 1 else groups, dtype=acc, device=x.device)
-    mean, rstd = None if rms else _empty(len(rows), kl), _empty(len(rows), kl)
-    parameters = _contiguous(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
-    numbers = {"weight_prior": weight_prior_value, "bias_prior": bias_prior_value, "prior_std": prior_std}
-    layout = Layout.of(seed, len(rows), draws, inner, groups)
     call = forward_call(
-        _target(x.device),
-        layout,
-        rows,
-        residual_rows,
-        parameters,
-        seed,
-        y,
-        sum_,
-        mean,
-        rstd,
-        kl,
-        {**numbers, "eps": eps},
-    )
+        _target(device), seed is not None, n_rows, n_cols, x.element_size(), draws, inner, groups, rms,
+        *_access(n_cols, rows, residual_rows), weight_prior_value, bias_prior_value, prior_std, eps,
+    )  # fmt: skip
+    y, sum_ = _empty_like(x), None if residual is None else _empty_like(residual)
+    kl = torch.empty(() if groups == 1 else groups, dtype=acc, device=device)
+    rstd = torch.empty(n_rows, dtype=acc, device=device)
+    mean = None if rms else torch.empty_like(rstd)
+    parameters = _contiguous(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
     with _on_device_of(x):
-        call.launch()
+        call.launch((rows, residual_rows, *parameters, seed), (y, sum_, mean, rstd, kl))
     return y, sum_, kl, mean, rstd
 
 
@@ -128,99 +146,84 @@ def backward(
 
     `z` is what was normalized, x or its sum with the residual; `dy` and `dkl` may be None.
     """
-    target, n_cols = _target(z.device), weight.numel() // groups
+    acc, device, n_cols = rstd.dtype, z.device, weight.numel() // groups
+    operands = [None if t is None or dy is None else _rows(t, n_cols) for t in (z, dy, dsum)]
+    plan = backward_plan(
+        _target(device), seed is not None, len(rstd), n_cols, z.element_size(), draws, inner, groups,
+        dy is not None, bias is not None, *_access(n_cols, *operands), weight_prior_value, bias_prior_value, prior_std,
+    )  # fmt: skip
     parameters = _contiguous(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
-    gradients = [None if p is None else _empty(p.shape, p) for p in (weight, bias, weight_rho, bias_rho)]
-    numbers = {"weight_prior": weight_prior_value, "bias_prior": bias_prior_value, "prior_std": prior_std}
-    layout = Layout.of(seed, len(rstd), draws, inner, groups)
-    plan = _backward_plan(target, layout if dy is not None else layout._replace(n_rows=0), n_cols, z.element_size())
-    partial = rstd.new_empty((groups * plan.runs.programs, plan.slots, n_cols))
-    dx = None if dy is None else _empty(z.shape, dy)
-    dresidual = None if dy is None or dy.dtype == z.dtype else _empty(z.shape, z)
+    gradients = [None if p is None else _empty_like(p) for p in (weight, bias, weight_rho, bias_rho)]
+    partial, *row_sums = [torch.empty(shape, dtype=acc, device=device) for shape in plan.buffers]
+    dx = None if dy is None else _empty_like(dy)
+    dresidual = None if dy is None or dy.dtype == z.dtype else _empty_like(z)
     with _on_device_of(z):
-        if plan.runs.programs:
-            rows, dy_rows, dsum_rows = (
-                _rows(z, n_cols),
-                _rows(dy, n_cols),
-                None if dsum is None else _rows(dsum, n_cols),
-            )
-            outputs = dx, dresidual, partial
-            backward_call(target, plan, rows, dy_rows, dsum_rows, parameters, seed, mean, rstd, outputs).launch()
-        finalize_call(target, plan, partial, parameters, seed, dkl, gradients, numbers).launch()
+        if plan.rows is not None:
+            inputs = *operands, parameters[0], parameters[2], parameters[3], seed, mean, rstd
+            plan.rows.launch(inputs, (dx, dresidual, partial, *row_sums))
+        plan.finalize.launch((partial, *parameters, seed, dkl), gradients)
     return dx, dresidual, *gradients
 
 
-def forward_call(target, layout, rows, residual_rows, parameters, seed, y, sum_, mean, rstd, kl, numbers):
-    """The launch of the forward kernel on `rows` (M, N); `numbers` are the prior means, its deviation, and eps."""
-    n_cols = rows.shape[1]
-    tile = tuning.tile(n_cols, rows.element_size(), clusters=target.clusters)
-    runs = tuning.forward_runs(
-        layout.group_rows, layout.draws, layout.groups, tile, n_cols * rows.element_size(), target.multiprocessors
-    )
-    vec = _vector_width(n_cols, rows, residual_rows)
-    args = (
-        rows, residual_rows, *parameters, seed, y, sum_, mean, rstd, kl,
-        *_strides(vec, rows, residual_rows), *_walk(layout, runs), *_places(layout),
-    )  # fmt: skip
-    constants = {**numbers, "FLOOR": FLOOR, **_constants(target, layout, runs, tile, n_cols, vec)}
+@functools.lru_cache(1024)
+def forward_call(
+    target, sampled, n_rows, n_cols, itemsize, draws, inner, groups, rms, vec, strides,
+    weight_prior, bias_prior, prior_std, eps,
+):  # fmt: skip
+    """The launch of the forward kernel; `vec` and `strides`: `_access` to x and the residual."""
+    layout = Layout.of(sampled, n_rows, draws, inner, groups)
+    tile = tuning.tile(n_cols, itemsize, clusters=target.clusters)
+    runs = tuning.forward_runs(layout.group_rows, layout.draws, groups, tile, n_cols * itemsize, target.multiprocessors)
+    sizes = *strides, *_walk(layout, runs), *_places(layout)
+    constants = {
+        "weight_prior": weight_prior, "bias_prior": bias_prior, "prior_std": prior_std, "FLOOR": FLOOR, "eps": eps,
+        **_constants(target, layout, runs, tile, n_cols, vec),
+    }  # fmt: skip
     kernel = forward_wide_kernel if tile.wide else forward_kernel
-    return Call(kernel, (1 + runs.programs, layout.groups), args, constants, tile.num_warps, tile.num_ctas)
+    return Call(kernel, (1 + runs.programs, groups), sizes, constants, tile.num_warps, tile.num_ctas)
 
 
 class BackwardPlan(NamedTuple):
-    """What the two kernels of a backward agree on; `slots` of partial sums, see `kernels/backward.py`."""
+    """The two launches of a backward, that of the rows None where there is nothing to do for them.
 
-    layout: Layout
-    tile: tuning.Tile
-    runs: tuning.Runs
-    slots: int
+    `buffers`: shapes of the partial sums, see `kernels/backward.py`, and for wide rows of their sums.
+    """
 
-    @property
-    def span(self):
-        return self.layout.noise == "shared" and self.runs.span
+    rows: Call | None
+    finalize: Call
+    buffers: tuple
 
 
-def _backward_plan(target, layout, n_cols, itemsize):
+@functools.lru_cache(1024)
+def backward_plan(
+    target, sampled, n_rows, n_cols, itemsize, draws, inner, groups, has_dy, has_bias, vec, strides,
+    weight_prior, bias_prior, prior_std,
+):  # fmt: skip
+    """The launches of a backward; `vec` and `strides`: `_access` to z, dy and dsum."""
+    layout = Layout.of(sampled, n_rows, draws, inner, groups)
     merged = layout.noise == "merged" and tuning.splits_in_registers(triton.__version__)
     tile = tuning.tile(n_cols, itemsize, True, target.clusters, merged)
-    runs = tuning.backward_runs(
-        layout.group_rows, layout.draws, layout.groups, tile, n_cols, itemsize, target.multiprocessors
-    )
-    slots = 4 if layout.noise == "merged" or (layout.noise == "shared" and runs.span) else 2
-    return BackwardPlan(layout, tile, runs, slots)
-
-
-def backward_call(target, plan, rows, dy_rows, dsum_rows, parameters, seed, mean, rstd, outputs):
-    """The launch of the backward kernel; `outputs`: dx, dresidual (M, N), partial sums (programs, slots, N)."""
-    n_cols, (layout, tile, runs, slots) = rows.shape[1], plan
-    weight, bias, weight_rho, bias_rho, *_ = parameters
-    vec = _vector_width(n_cols, rows, dy_rows, dsum_rows)
-    args = (
-        rows, dy_rows, dsum_rows, weight, weight_rho, bias_rho, seed, mean, rstd, *outputs,
-        *([rstd.new_empty((layout.n_rows, 2))] if tile.wide else []),
-        *_strides(vec, rows, dy_rows, dsum_rows), *_walk(layout, runs), *_places(layout),
-    )  # fmt: skip
-    constants = {
-        "HAS_BIAS": bias is not None, "SLOTS": slots, **({} if tile.wide else {"HALVES": tile.halves}),
-        **_constants(target, layout, runs, tile, n_cols, vec),
-    }  # fmt: skip
+    layout = layout if has_dy else layout._replace(n_rows=0)
+    runs = tuning.backward_runs(layout.group_rows, layout.draws, groups, tile, n_cols, itemsize, target.multiprocessors)
+    constants = {"HAS_BIAS": has_bias, **_constants(target, layout, runs, tile, n_cols, vec)}
+    constants["SLOTS"] = 4 if layout.noise == "merged" or constants["SPAN"] else 2
+    if not tile.wide:
+        constants["HALVES"] = tile.halves
+    sizes = *strides, *_walk(layout, runs), *_places(layout)
     kernel = backward_wide_kernel if tile.wide else backward_kernel
-    return Call(kernel, (runs.programs, layout.groups), args, constants, tile.num_warps, tile.num_ctas)
+    rows = Call(kernel, (runs.programs, groups), sizes, constants, tile.num_warps, tile.num_ctas)
+    partial = groups * runs.programs, constants["SLOTS"], n_cols
+    buffers = (partial, (n_rows, 2)) if tile.wide else (partial,)
 
-
-def finalize_call(target, plan, partial, parameters, seed, dkl, gradients, numbers):
-    """The launch of the finalizer: partial sums to the gradients of the parameters."""
-    layout, n_cols = plan.layout, partial.shape[2]
     block_p, block_n, num_warps = tuning.finalizer_tile(n_cols)
-    args = (
-        partial, *parameters, seed, dkl, *gradients,
-        plan.runs.programs, plan.runs.runs_per_share, *_places(layout),
-    )  # fmt: skip
+    sizes = runs.programs, runs.runs_per_share, *_places(layout)
     constants = {
-        **numbers, "FLOOR": FLOOR, "NOISE": layout.noise, "SPAN": plan.span, "GROUPED": layout.groups > 1,
-        "FAST": target.fast, "N": n_cols, "SLOTS": plan.slots, "BLOCK_P": block_p, "BLOCK_N": block_n,
+        "weight_prior": weight_prior, "bias_prior": bias_prior, "prior_std": prior_std, "FLOOR": FLOOR,
+        **{name: constants[name] for name in ("NOISE", "SPAN", "GROUPED", "FAST", "N", "SLOTS")},
+        "BLOCK_P": block_p, "BLOCK_N": block_n,
     }  # fmt: skip
-    return Call(finalize_kernel, (triton.cdiv(n_cols, block_n), layout.groups), args, constants, num_warps)
+    finalize = Call(finalize_kernel, (triton.cdiv(n_cols, block_n), groups), sizes, constants, num_warps)
+    return BackwardPlan(rows if runs.programs else None, finalize, buffers)
 
 
 def _walk(layout, runs):
@@ -241,39 +244,43 @@ def _constants(target, layout, runs, tile, n_cols, vec):
     }  # fmt: skip
 
 
-def _empty(shape, like):
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+def _empty_like(tensor):
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _rows(x, n_cols):
-    """x as (M, N) with neighbouring features adjacent in memory: a view where its strides allow, else one copy."""
+    """x, or as (M, N), with neighbouring features adjacent in memory: itself where its strides allow, else one copy."""
+    if x.is_contiguous():
+        return x
     rows = x.reshape(-1, n_cols) if x.numel() else x.new_empty((0, n_cols))
     return rows if rows.stride(1) == 1 or n_cols == 1 else rows.contiguous()
 
 
-def _vector_width(n_cols, *operands):
-    """Elements, a power of two up to 8, to which every row of the operands starts aligned."""
-    offsets = (
-        v for rows in operands if rows is not None for v in (rows.stride(0), rows.data_ptr() // rows.element_size())
-    )
-    return math.gcd(8, n_cols, *offsets)
+def _access(n_cols, *operands):
+    """(vec, strides from row to row in units of it) of what `_rows` returns, or of None.
 
-
-def _strides(vec, *operands):
-    return [0 if rows is None else rows.stride(0) // vec for rows in operands]
+    `vec`: elements, a power of two up to 8, to which every row of the operands starts aligned.
+    """
+    strides, starts = [], []
+    for rows in operands:
+        if rows is None:
+            strides.append(0)
+        else:
+            strides.append(n_cols if rows.is_contiguous() else rows.stride(0))
+            starts.append(rows.data_ptr() // rows.element_size())
+    vec = math.gcd(8, n_cols, *strides, *starts)
+    return vec, tuple([stride // vec for stride in strides])
 
 
 def _contiguous(*parameters):
     return [None if p is None else p.contiguous() for p in parameters]
 
 
-@functools.cache
 def _multiprocessors(device):
     """Multiprocessors of a GPU; a handful for CPU tensors, which reach this module in Triton's interpreter alone."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@functools.cache
 def _capability(device):
     """Compute capability; (0, 0) where NVIDIA's own instructions do not run: other devices, Triton's interpreter."""
     nvidia = device.type == "cuda" and torch.version.hip is None
@@ -286,13 +293,14 @@ def _fast(device):
     return _capability(device) >= (8, 0)
 
 
+@functools.cache
 def _target(device):
     clusters = tuning.has_clusters(_capability(device), triton.__version__)
-    return Target(_multiprocessors(device), _fast(device), clusters)
+    return Target(device, _multiprocessors(device), _fast(device), clusters)
 
 
 def _on_device_of(x):
     """Triton launches on the current device, which must be that of x."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)

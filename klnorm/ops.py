@@ -58,10 +58,17 @@ def _launch():
     return launch
 
 
-_library.impl("norm_forward", lambda x, *args: _filled(cpu.forward(x, *args), x), "CPU")
-_library.impl("norm_forward", lambda x, *args: _filled(_launch().forward(x, *args), x), "CUDA")
-_library.impl("norm_backward", lambda *args: _filled(cpu.backward(*args), args[3]), "CPU")
-_library.impl("norm_backward", lambda *args: _filled(_launch().backward(*args), args[3]), "CUDA")
+def _compute_forward(*args):
+    return (_launch() if args[0].is_cuda else cpu).forward(*args)
+
+
+def _compute_backward(*args):
+    return (_launch() if args[3].is_cuda else cpu).backward(*args)
+
+
+for _key in "CPU", "CUDA":
+    _library.impl("norm_forward", lambda *args: _filled(_compute_forward(*args), args[0]), _key)
+    _library.impl("norm_backward", lambda *args: _filled(_compute_backward(*args), args[3]), _key)
 
 
 def _empty_like(tensor):
@@ -84,18 +91,44 @@ def _backward_fake(dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, *_):
     return _filled((dx, dresidual, *map(_empty_like, (weight, bias, weight_rho, bias_rho))), z)
 
 
-_forward = torch.ops.klnorm.norm_forward.default
-_backward = torch.ops.klnorm.norm_backward.default
+_PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, type(None)}
+# Private, as nothing public tells; where a version of torch lacks them, every call is the operator's.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_active_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
+_has_storage = getattr(torch._C, "_has_storage", lambda tensor: False)
 
-_TENSORS = 9  # of the forward operator's arguments, the first
+
+def _is_plain(x, args):
+    """Whether torch's dispatcher, which costs more than all else here, would only pass a call of an operator on.
+
+    Tracing, transforms, dispatch modes, subclasses of tensors and the meta device have to see the operator.
+    """
+    seen = torch.compiler.is_compiling() or _transforms_active() or _active_modes() or x.is_meta
+    return not seen and _PLAIN.issuperset(map(type, args))
+
+
+def _forward(*args):
+    """As the operator, or None for what is not there."""
+    return (_compute_forward if _is_plain(args[0], args) else torch.ops.klnorm.norm_forward.default)(*args)
+
+
+def _backward(*args):
+    """As the operator, or None for what is not there."""
+    # The cotangents of is_grads_batched=True look like ordinary tensors, but have no memory.
+    plain = _is_plain(args[3], args) and all(g is None or _has_storage(g) for g in args[:3])
+    return (_compute_backward if plain else torch.ops.klnorm.norm_backward.default)(*args)
 
 
 class KLNormFunction(torch.autograd.Function):
-    """(y, sum, kl) and the gradients of them. Saves z, the parameters, the seed, and mean and rstd of every row."""
+    """(y, sum, kl) and the gradients of them. Saves z, the parameters, the seed, and mean and rstd of every row.
+
+    Takes the tensors among the operator's arguments and then the numbers in one tuple: autograd spends time on each.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
-        y, sum_, kl, mean, rstd = _forward(*inputs)
+        *tensors, numbers = inputs
+        y, sum_, kl, mean, rstd = _forward(*tensors, *numbers)
         _save(ctx, inputs, sum_, mean, rstd)
         return y, sum_ if ctx.has_residual else None, kl
 
@@ -106,7 +139,7 @@ class KLNormFunction(torch.autograd.Function):
         dx, dresidual, *rest = gradients(dy, dsum, dkl, *ctx.saved_tensors, *ctx.numbers)
         if ctx.has_residual:  # autograd casts dsum to the dtype of x
             dx, dresidual = (dsum, dsum) if dy is None else (dx, dx if dresidual is None else dresidual)
-        return dx, dresidual, *rest, *[None] * 11
+        return dx, dresidual, *rest, None, None, None, None
 
 
 class TransformableFunction(KLNormFunction):
@@ -114,7 +147,8 @@ class TransformableFunction(KLNormFunction):
 
     @staticmethod
     def forward(*inputs):
-        return _forward(*inputs)
+        *tensors, numbers = inputs
+        return torch.ops.klnorm.norm_forward.default(*tensors, *numbers)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -138,7 +172,7 @@ class TransformableFunction(KLNormFunction):
 
 
 def _save(ctx, inputs, sum_, mean, rstd):
-    (x, residual, *parameters), numbers = inputs[:_TENSORS], inputs[_TENSORS:]
+    x, residual, *parameters, numbers = inputs
     weight_prior_value, bias_prior_value, prior_std, _, draws, inner, groups, rms = numbers
     ctx.has_residual = residual is not None
     ctx.save_for_backward(sum_ if ctx.has_residual else x, *parameters, None if rms else mean, rstd)
@@ -182,7 +216,7 @@ class _GradientsOnce(torch.autograd.Function):
 def _one_by_one(function, info, in_dims, inputs):
     """The rule of vmap: one call for every index of the mapped dimension, outputs stacked."""
     calls = [
-        function(*(v if dim is None else v.select(dim, i) for v, dim in zip(inputs, in_dims, strict=True)))
+        function(*(v.select(dim, i) if isinstance(dim, int) else v for v, dim in zip(inputs, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     outputs = [None if values[0] is None else torch.stack(values) for values in zip(*calls, strict=True)]

@@ -61,7 +61,7 @@ def next_power_of_2(n):
 def has_clusters(capability, triton_version):
     """Whether a row may be split over a cluster of multiprocessors: from sm_90 and Triton 3.9 on.
 
-    Replace by a function that returns False to keep every row on one multiprocessor.
+    Replace by a function that returns False, before the first launch, to keep every row on one multiprocessor.
     """
     return capability >= (9, 0) and reaches(triton_version, (3, 9))
 

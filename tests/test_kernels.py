@@ -20,7 +20,15 @@ MODES = "none", "batch", "sample", "token"
 @pytest.fixture(params=[1, 3, 1000], ids=lambda n: f"{n}sm")
 def multiprocessors(request, monkeypatch):
     """How many programs there are: few long runs that hold several draws, or many short ones."""
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: request.param)
+    target = launch._target
+    monkeypatch.setattr(launch, "_target", lambda device: target(device)._replace(multiprocessors=request.param))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans():
+    """No launch is planned as in another test, which may have patched what it is planned by."""
+    launch.forward_call.cache_clear()
+    launch.backward_plan.cache_clear()
 
 
 class Problem:

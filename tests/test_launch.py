@@ -1,5 +1,6 @@
 """How rows are dealt to programs, and how many launches and torch calls a forward and a backward make."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -126,21 +127,76 @@ def test_launches_of_clusters(monkeypatch, clusters):
     launched = []
 
     class Kernel:
+        arg_names = ()
+
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((grid, options["num_ctas"], options["num_warps"]))
 
     calls = inspector.calls(16384, torch.bfloat16, "token", "sm_90")
-    assert [call.kernel.__name__ for call in calls.values()] == (
+    assert [call.kernel.__name__ for call, _ in calls.values()] == (
         ["forward_kernel", "backward_kernel", "finalize_kernel"]
         if clusters
         else ["forward_wide_kernel", "backward_wide_kernel", "finalize_kernel"]
     )
-    for call in calls.values():
-        call._replace(kernel=Kernel()).launch()
-    programs = [call.grid for call in calls.values()]
+    for call, tensors in calls.values():
+        dataclasses.replace(call, kernel=Kernel()).launch(tensors, ())
+    programs = [call.grid for call, _ in calls.values()]
     assert launched == list(zip(programs, [4, 4, 1] if clusters else [1] * 3, [8, 8, 4], strict=True))
-    partial = calls["finalize"].args[0]
+    partial = calls["finalize"][1][0]
     assert partial.shape == (programs[1][0], 4, 16384)
+
+
+def test_what_triton_has_compiled_is_launched_directly(monkeypatch):
+    """Triton sees the first call of every kind of inputs; later ones go to the compiled kernel, with all arguments."""
+    monkeypatch.setattr(launch, "_KEEPS", True)
+    seen, replayed = [], []
+
+    class Kernel:
+        arg_names = "x_ptr", "prior_ptr", "y_ptr", "n_rows", "N", "FAST"
+
+        def __getitem__(self, grid):
+            def first(*args, **options):
+                seen.append((grid, args, options))
+                return {(*grid, 1): lambda *args: replayed.append(args)}
+
+            return first
+
+    call = launch.Call(Kernel(), (7, 2), (5,), {"FAST": True, "N": 4}, 8, 4)
+    storage = torch.zeros(64)
+    x, y = storage[(-storage.data_ptr() // 4) % 4 :][:32], torch.empty(8)
+    kinds = (x, None), (None, x), (x[1:], None), (x.double(), None), (x, x), (x, x[2:])
+    for number, inputs in enumerate(kinds, 1):
+        call.launch(inputs, (y,))
+        assert len(seen) == number
+        grid, args, options = seen[-1]
+        assert grid == (7, 2)
+        assert all(a is b for a, b in zip(args, (*inputs, y, 5, 4, True), strict=True))
+        assert options == {"num_warps": 8, "num_ctas": 4, "enable_fp_fusion": True}
+        assert not replayed
+    for number, inputs in enumerate(kinds, 1):
+        call.launch(inputs, (y,))
+        assert all(a is b for a, b in zip(replayed[-1], (*inputs, y, 5, 4, True), strict=True))
+        assert (len(seen), len(replayed)) == (len(kinds), number)
+    call.launch((x[4:], None), (y,))  # as aligned as the first
+    assert (len(seen), len(replayed)) == (len(kinds), len(kinds) + 1)
+
+
+def test_triton_before_3_3_and_its_interpreter_see_every_launch(monkeypatch):
+    seen = []
+
+    class Kernel:
+        arg_names = ()
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append(grid) or self.compiled
+
+    for keeps, compiled in (False, {(1, 1, 1): lambda: None}), (True, None):
+        monkeypatch.setattr(launch, "_KEEPS", keeps)
+        Kernel.compiled = compiled
+        call = launch.Call(Kernel(), (1, 1), (), {}, 4)
+        call.launch((), ())
+        call.launch((), ())
+    assert len(seen) == 4
 
 
 @triton.jit
@@ -164,7 +220,7 @@ def test_vector_width():
     aligned = storage[(-storage.data_ptr() // 2) % 64 :]
 
     def width(n_cols, stride, offset):
-        return launch._vector_width(n_cols, aligned[offset:].as_strided((3, n_cols), (stride, 1)))
+        return launch._access(n_cols, aligned[offset:].as_strided((3, n_cols), (stride, 1)))[0]
 
     assert width(64, 64, 0) == 8
     assert width(1000, 1000, 0) == 8
@@ -173,7 +229,8 @@ def test_vector_width():
     assert width(64, 65, 0) == 1
     assert width(64, 64, 2) == 2
     whole, odd = aligned[:192].view(3, 64), aligned[1:193].view(3, 64)
-    assert launch._vector_width(64, whole, odd) == 1
+    assert launch._access(64, whole, odd)[0] == 1
+    assert launch._access(64, whole, None, aligned[:192].as_strided((3, 64), (60, 1))) == (4, (16, 0, 15))
 
 
 def test_partial_sums_stay_small_beside_the_input():
@@ -199,15 +256,17 @@ class CountTorchCalls(TorchDispatchMode):
 def test_launches(device, monkeypatch, sample, seed_launches):
     """Forward launches one kernel, backward two; beyond them only the seed, as a tensor without a seed is drawn."""
     launched = []
-    monkeypatch.setattr(launch.Call, "launch", lambda call: launched.append(call.kernel.__name__))
-    # the operators, straight to the kernels' host code: on the CPU they would lead to the explicit formulas
+    monkeypatch.setattr(launch.Call, "launch", lambda call, *tensors: launched.append(call.kernel.__name__))
+    # straight to the kernels' host code: on the CPU the operators would lead to the explicit formulas
     monkeypatch.setattr(ops, "_forward", launch.forward)
-    monkeypatch.setattr(ops, "_backward", lambda *args: launch.backward(*args))
+    monkeypatch.setattr(ops, "_backward", launch.backward)
     torch.use_deterministic_algorithms(False)  # else every allocation is filled
     x = torch.randn(8, 16, 32, device=device, requires_grad=True)
     parameters = [torch.rand(32, device=device, requires_grad=True) for _ in range(4)]
     with CountTorchCalls() as forward:
-        y, _, kl = normalize(x, None, 32, *parameters, 1.0, 0.0, 0.1, 1e-5, "sample", 0, sample, None, None, "sampled")
+        y, _, kl = normalize(
+            x, None, (32,), *parameters, 1.0, 0.0, 0.1, 1e-5, "sample", 0, sample, None, None, "sampled"
+        )
     assert launched == ["forward_kernel"]
     computing = [call for call in forward.calls if call not in FREE]
     assert computing == ["aten::randint"] * seed_launches
@@ -220,8 +279,8 @@ def test_launches(device, monkeypatch, sample, seed_launches):
 
 
 # Calls that launch nothing on a GPU: allocations and views.
-FREE = {"aten::empty", "aten::empty_strided", "aten::new_empty", "aten::view", "aten::_unsafe_view", "aten::detach",
-        "aten::alias"}  # fmt: skip
+FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::view",
+        "aten::_unsafe_view", "aten::detach", "aten::alias"}  # fmt: skip
 
 
 def test_instruction_budget():

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from klnorm import KLLayerNorm, kl_divergence
 from klnorm.functional import kl_layer_norm
@@ -139,6 +141,64 @@ def test_opcheck_of_no_rows(device):
     opcheck("norm_forward", (*forward[:-4], 0, 4, 1, False))
     backward = backward_arguments((*forward[:-4], 0, 4, 1, False))
     opcheck("norm_backward", backward)
+
+
+# Where autograd's Functions call the implementations without the dispatcher
+
+
+class Operators(TorchDispatchMode):
+    """The names of klnorm's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] if func.namespace == "klnorm" else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_operators(device):
+    tensors = make(device)
+    plain = torch.autograd.grad(call(tensors)[0].square().sum(), list(tensors.values()))
+    with Operators() as seen:
+        y, _ = call(tensors)
+    with Operators() as seen_backward:
+        found = torch.autograd.grad(y.square().sum(), list(tensors.values()))
+    assert (seen.names, seen_backward.names) == (["klnorm::norm_forward"], ["klnorm::norm_backward"])
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_fake_tensors_reach_no_implementation(device):
+    with FakeTensorMode():
+        tensors = make(device)
+        y, kl = call(tensors)
+        gradients = torch.autograd.grad((y.sum(), kl), list(tensors.values()))
+    assert y.shape == (3, 4, N)
+    assert [g.shape for g in gradients] == [t.shape for t in tensors.values()]
+
+
+def test_meta_tensors_reach_no_implementation():
+    tensors = make(torch.device("meta"))
+    y, kl = call(tensors)
+    assert (y.is_meta, kl.is_meta, y.shape) == (True, True, (3, 4, N))
+    assert all(g.is_meta for g in torch.autograd.grad((y.sum(), kl), list(tensors.values())))
+
+
+class Named(torch.Tensor):
+    """A subclass of tensors, which are to see every operator."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"Named saw {func.name()}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_subclass_of_tensors_sees_the_operators(device, name):
+    tensors = {key: t.detach() for key, t in make(device).items()}
+    tensors[name] = torch.Tensor._make_subclass(Named, tensors[name])
+    with pytest.raises(NotImplementedError, match="Named saw klnorm::norm_forward"):
+        call(tensors)
 
 
 # Gradients one by one
