@@ -26,6 +26,8 @@ from triton.compiler import ASTSource
 
 from klnorm import launch, tuning
 
+from .report import commit
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.int64: "*i64"}
 ARCHITECTURES = {"sm_80": (80, 108), "sm_90": (90, 132), "sm_100": (100, 148)}  # capability, multiprocessors
@@ -241,7 +243,8 @@ def main(argv=None):
     print(f"{args.arch}, x {args.dtype}, parameters fp32, triton {triton.__version__}; per element of the row loop")
     show(rows)
     if args.json:
-        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        found = {"triton": triton.__version__, "commit": commit(), "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     past = list(check(rows)) if args.check else []
     for message in past:
         print(f"past the budget: {message}")

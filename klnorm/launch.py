@@ -201,8 +201,8 @@ def backward_plan(
 ):  # fmt: skip
     """The launches of a backward; `vec` and `strides`: `_access` to z, dy and dsum."""
     layout = Layout.of(sampled, n_rows, draws, inner, groups)
-    merged = layout.noise == "merged" and tuning.splits_in_registers(triton.__version__)
-    tile = tuning.tile(n_cols, itemsize, True, target.clusters, merged)
+    splits = tuning.splits_in_registers(triton.__version__)
+    tile = tuning.tile(n_cols, itemsize, True, target.clusters, layout.noise == "merged" and has_bias, splits)
     layout = layout if has_dy else layout._replace(n_rows=0)
     runs = tuning.backward_runs(layout.group_rows, layout.draws, groups, tile, n_cols, itemsize, target.multiprocessors)
     constants = {"HAS_BIAS": has_bias, **_constants(target, layout, runs, tile, n_cols, vec)}

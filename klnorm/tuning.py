@@ -13,6 +13,9 @@ REGISTER_WIDTH = 8192  # widest row kept whole in registers
 REGISTER_WIDTH_FP64 = 2048
 KEPT_WIDTH = 4096  # widest row whose backward with merged noise keeps its parameters in registers
 TILE_ELEMENTS = 2048  # of a tile of several narrow rows
+REGISTERS = 65536  # of a multiprocessor
+# Tile width -> registers a thread of the backward with four sums, compiled for sm_90 from bf16; 256 at other widths.
+_FOUR_SUMS_REGISTERS = {32: 168, 128: 168, 256: 168, 1024: 168}
 CLUSTER_SHARE = 4096  # features of a row that one block of a cluster takes, while the cluster can grow
 MAX_CLUSTER = 8  # blocks; more than that not every GPU schedules
 CLUSTER_WIDTH = 65536  # widest row kept whole in the registers of a cluster
@@ -26,9 +29,8 @@ PARTIAL_BYTES = 32 << 20  # of partial sums that a backward may take in any case
 class Tile(NamedTuple):
     """Shape of the tile a program works on; `wide` rows are worked through in pieces of `block_n`.
 
-    A program is a cluster of `num_ctas` blocks of `num_warps` warps each, on as many multiprocessors. With `halves`, a
-    row stays in registers but its parameters are loaded half by half; such a program, of half the warps with twice the
-    registers, has its multiprocessor to itself.
+    A program is a cluster of `num_ctas` blocks of `num_warps` warps each, on as many multiprocessors; a thread takes up
+    to `registers`. With `halves`, a row stays in registers but its parameters are loaded half by half.
     """
 
     block_m: int
@@ -38,6 +40,7 @@ class Tile(NamedTuple):
     wide: bool
     num_ctas: int = 1
     halves: bool = False
+    registers: int = 128
 
 
 class Runs(NamedTuple):
@@ -73,20 +76,22 @@ def splits_in_registers(triton_version):
 
 
 @functools.lru_cache(1024)
-def tile(n_cols, itemsize, backward=False, clusters=False, merged=False):
+def tile(n_cols, itemsize, backward=False, clusters=False, four_sums=False, splits=True):
     """The tile for rows of `n_cols` features of `itemsize` bytes, on a device that has `clusters` or not.
 
-    `merged`: every row has noise of its own, whose backward takes four sums and three parameters a feature; only where
-    Triton `splits_in_registers`.
+    `four_sums`: every row has noise of its own for scale and shift, whose backward takes four sums and three parameters
+    a feature; `splits`: Triton `splits_in_registers`.
     """
     num_ctas = _cluster_size(n_cols, itemsize, backward) if clusters else 1
     if num_ctas == 1 and n_cols > (REGISTER_WIDTH_FP64 if itemsize == 8 else REGISTER_WIDTH):
         return Tile(1, 1024 if itemsize == 8 else 2048 if backward else 4096, 8, 1, True)
     block_n = max(16, next_power_of_2(n_cols))
-    if backward and merged and num_ctas == 1 and n_cols > KEPT_WIDTH:
-        return Tile(1, block_n, 8, 1, False, halves=True)
+    registers = _FOUR_SUMS_REGISTERS.get(block_n, 256) if backward and four_sums else 128
+    if backward and four_sums and splits and num_ctas == 1 and n_cols > KEPT_WIDTH:
+        return Tile(1, block_n, 8, 1, False, halves=True, registers=registers)
     block_m = max(1, TILE_ELEMENTS // block_n // (itemsize // 2 or 1))
-    return Tile(block_m, block_n, min(16, max(4, block_n // num_ctas // 512)), 1, False, num_ctas)
+    num_warps = min(16, max(4, block_n // num_ctas // 512))
+    return Tile(block_m, block_n, num_warps, 1, False, num_ctas, registers=min(registers, 2048 // num_warps))
 
 
 def _cluster_size(n_cols, itemsize, backward):
@@ -123,10 +128,10 @@ def backward_runs(n_rows, draws, groups, tile, n_cols, itemsize, multiprocessors
 
 
 def _resident(tile, multiprocessors):
-    """Programs that run at once, at 16 warps of 128 registers a multiprocessor; clusters as whole groups hold."""
+    """Programs that run at once, as registers last; clusters as many as whole groups hold."""
     if tile.num_ctas > 1:
         multiprocessors = max(1, multiprocessors // CLUSTER_GROUP * CLUSTER_GROUP // tile.num_ctas)
-    return multiprocessors * (1 if tile.halves else max(1, 16 // tile.num_warps))
+    return multiprocessors * max(1, REGISTERS // (32 * tile.num_warps * tile.registers))
 
 
 def finalizer_tile(n_cols):

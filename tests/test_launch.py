@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from bench import inspect as inspector
 from klnorm import launch, ops, tuning
 from klnorm.functional import normalize
 from klnorm.kernels.rows import run_of
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("draws", [1, 2, 3, 64, 1000])
@@ -44,16 +48,18 @@ def test_every_position_belongs_to_one_program(draws, rows_per_draw, programs, b
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("clusters", [False, True])
-@pytest.mark.parametrize("merged", [False, True])
-def test_tiles(n, itemsize, backward, clusters, merged):
-    tile = tuning.tile(n, itemsize, backward, clusters, merged)
+@pytest.mark.parametrize("four_sums", [False, True])
+def test_tiles(n, itemsize, backward, clusters, four_sums):
+    tile = tuning.tile(n, itemsize, backward, clusters, four_sums)
     assert tile.wide == (tile.block_n < n)
     for power in tile.block_m, tile.block_n, tile.num_warps, tile.num_ctas:
         assert power & (power - 1) == 0
     assert tile.block_n >= 8  # the noise comes in eights
     assert tile.block_m * tile.block_n // tile.num_ctas <= max(tuning.TILE_ELEMENTS, tuning.REGISTER_WIDTH)
     assert tile.num_ctas == 1 or clusters
-    assert not tile.halves or (backward and merged and not tile.wide)
+    assert not tile.halves or (backward and four_sums and not tile.wide)
+    assert tile.registers == 128 or (backward and four_sums)
+    assert 32 * tile.num_warps * tile.registers <= tuning.REGISTERS
 
 
 @pytest.mark.parametrize(("version", "expected"), [("3.2.0", False), ("3.7.1", True), ("3.10.0", True)])
@@ -64,11 +70,24 @@ def test_splits_in_registers(version, expected):
 @pytest.mark.parametrize(("n", "itemsize", "halves"), [(4096, 2, False), (4097, 2, True), (8192, 4, True)])
 def test_rows_in_halves_take_a_multiprocessor_each(n, itemsize, halves):
     """65,536 registers of a multiprocessor: 8 warps of 32 threads with up to 255."""
-    tile = tuning.tile(n, itemsize, backward=True, merged=True)
+    tile = tuning.tile(n, itemsize, backward=True, four_sums=True)
     assert tile.halves == halves
+    assert not tuning.tile(n, itemsize, backward=True, four_sums=True, splits=False).halves
     if halves:
         assert tile.num_warps == 8
         assert tuning.backward_runs(1 << 20, 1 << 20, 1, tile, n, itemsize, 132).programs == 132
+
+
+def test_programs_are_dealt_for_the_registers_that_they_take():
+    """A program more than fits would run alone at the end. The compiler's counts are in the committed result file."""
+    rows = json.loads((ROOT / "bench/results/inspect_sm90.json").read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if (row["kind"], row["mode"]) == ("backward", "token")]
+    assert {256, 1024, 4096, 8192} <= {row["n"] for row in rows}
+    for row in rows:
+        tile = tuning.tile(row["n"], 2, backward=True, four_sums=True)
+        if not tile.wide:
+            assert tile.num_warps == row["warps"]
+            assert tile.registers - 8 < -(-row["registers"] // 8) * 8 <= tile.registers  # granted in eights
 
 
 @pytest.mark.parametrize(
