@@ -9,7 +9,7 @@ else
 PYTHON := python3
 VENV := $(or $(wildcard .venv/made-by-*),.venv/made-by-python3)
 endif
-BENCHES := $(basename $(notdir $(shell grep -ls __main__ bench/*.py)))
+BENCHES := $(sort $(basename $(notdir $(shell grep -ls __main__ bench/*.py))) $(patsubst bench/%/__main__.py,%,$(wildcard bench/*/__main__.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench no-bench clean

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 DEMO = ["scikit-learn", "matplotlib"]
 HF = ["transformers>=5", "accelerate"]
 LIGHTNING = ["lightning>=2.4"]
+STUDY = [*DEMO, *HF, "scipy>=1.15", "tqdm"]
 
 setup(
     name="klnorm",
@@ -29,6 +30,7 @@ setup(
         "plot": ["matplotlib"],
         "hf": HF,
         "lightning": LIGHTNING,
-        "test": [*DEMO, *HF, *LIGHTNING, "peft", "safetensors", "onnx", "onnxscript", "pytest>=8", "setuptools>=77"],
+        "study": STUDY,
+        "test": [*STUDY, *LIGHTNING, "peft", "safetensors", "onnx", "onnxscript", "pytest>=8", "setuptools>=77"],
     },
 )

@@ -50,7 +50,12 @@ def model_folder(tmp_path_factory):
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=64,
     )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(folder)
+    model = transformers.BertModel(config)
+    for norm in model.modules():
+        if isinstance(norm, nn.LayerNorm):  # as training leaves them: not 1 and 0
+            nn.init.normal_(norm.weight, 1.0, 0.2)
+            nn.init.normal_(norm.bias, 0.0, 0.2)
+    model.save_pretrained(folder)
     transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     return str(folder)
 
@@ -455,7 +460,7 @@ def test_metrics_by_hand():
 def test_out_of_scope_auroc_is_that_of_confidence():
     logits = torch.tensor([[4.0, 0.0], [3.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.5, 0.0]])
     arm = types.SimpleNamespace(model=Fixed(logits))
-    inside = Split([torch.tensor([i]) for i in (0, 1, 2)], torch.tensor([0, 0, 0]))
+    inside = Split([torch.tensor([i]) for i in (0, 1, 2)], torch.tensor([0, 1, 0]))
     outside = Split([torch.tensor([i]) for i in (3, 4)], torch.tensor([-1, -1]))
     found = training.evaluate(arm, {"test": inside, "oos": outside}, 0, 0, CPU)
     assert found["oos"] == {"auroc": pytest.approx(5 / 6)}  # of 3 x 2 pairs one is in the wrong order
