@@ -44,6 +44,15 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums in the order of one thread; more of them would only wait for each other in small models."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def fresh_dynamo():
     """torch.compile without what an earlier test compiled, and without leaving anything."""

@@ -15,14 +15,7 @@ from klnorm import demo_report as report
 
 SEEDS, STEPS = 2, 25
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The thread count that main() sets, so that sums have its order; and back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as main() sets
 
 
 @pytest.fixture(scope="module")

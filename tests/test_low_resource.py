@@ -26,14 +26,7 @@ TREC, CLINC, FSDD = (TASKS[name] for name in ("trec", "clinc150", "fsdd"))
 CPU = torch.device("cpu")
 SIZES = plan.Sizes("", steps=3, train=20, test=10, samples=2)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More only wait for each other in models so small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- A tiny model, tiny data -----------------------------------------------------------------------------------------

@@ -188,10 +188,14 @@ class _Sampled(LayerNorm):
 
     GRID = _grid(per=("example", "parameter"))
     OPTIONS: ClassVar = {"init_std": 0.05, "prior_std": 0.1}
+    FIXED_STDS = False
 
     def __init__(self, model, settings, examples, steps):
         super().__init__(model, settings, examples, steps)
         self._replace({**self.OPTIONS, **{k: v for k, v in settings.items() if k == "init_std"}})
+        for layer in klnorm.kl_layers(model).values() if self.FIXED_STDS else ():
+            layer.weight_rho.requires_grad_(False)
+            layer.bias_rho.requires_grad_(False)
         per = {"per_parameter": model} if settings.get("per") == "parameter" else {"num_examples": examples}
         self.kl_weight = klnorm.KLWeight(
             **per, warmup_steps=round(WARMUP * steps), max_weight=float(settings.get("factor", 1))
@@ -243,12 +247,7 @@ class NoiseOnly(_Sampled):
     """Ablation: the noise of kl_sample with its deviation fixed, and no KL."""
 
     GRID = _grid(init_std=(0.05, 0.1))
-
-    def __init__(self, model, settings, examples, steps):
-        super().__init__(model, settings, examples, steps)
-        for layer in klnorm.kl_layers(model).values():
-            layer.weight_rho.requires_grad_(False)
-            layer.bias_rho.requires_grad_(False)
+    FIXED_STDS = True
 
     def penalty(self):
         return 0.0
@@ -261,13 +260,8 @@ class KLOnly(_Sampled):
     The layers stay in evaluation mode, in which they are LayerNorms; what the deviations cost is a constant.
     """
 
+    FIXED_STDS = True
     stochastic = LayerNorm.stochastic
-
-    def __init__(self, model, settings, examples, steps):
-        super().__init__(model, settings, examples, steps)
-        for layer in klnorm.kl_layers(model).values():
-            layer.weight_rho.requires_grad_(False)
-            layer.bias_rho.requires_grad_(False)
 
     def training_mode(self):
         super().training_mode()
