@@ -29,6 +29,8 @@ def run(config, data, device):
     task, device = TASKS[config["task"]], torch.device(device)
     tokenizer = None if task.speech else load_tokenizer(config["model"])
     splits = splits_of(task, config["seed"], data, tokenizer, config["train"], config["test"])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     model = make_classifier(task, config["seed"], config["model"], device)
     arm = ARMS[config["arm"]](model, config["settings"], len(splits["train"]), config["steps"])
     lr = config["settings"]["lr"] * task.base_lr
