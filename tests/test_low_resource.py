@@ -229,6 +229,12 @@ def test_every_arm_has_four_settings(name):
     assert {"lr"} <= set(grid[0])
 
 
+def test_a_line_names_the_learning_rate_itself():
+    """In multiples, lines of before a change of the task's rate would pass for lines of after it."""
+    config = plan.configuration("tune", TREC, "dropout", 0, {"lr": 2, "p": 0.25}, SIZES)
+    assert config["settings"] == {"lr": 2 * TREC.base_lr, "p": 0.25}
+
+
 def test_settings_are_those_of_the_least_mean_loss():
     def line(seed, settings, nll):
         config = plan.configuration("tune", TREC, "dropout", seed, settings, SIZES)
@@ -467,7 +473,7 @@ def test_a_task_with_examples_out_of_scope_runs(model_folder, data_folder):
 
 def test_speech_runs_and_learns(data_folder):
     sizes = plan.Sizes("", 60, 20, 10, 2)
-    result = run_of(FSDD, "layer_norm", "", data_folder, sizes=sizes, settings={"lr": 2})
+    result = run_of(FSDD, "layer_norm", "", data_folder, sizes=sizes, settings={"lr": 4})
     assert result["metrics"]["mean"]["train"]["nll"] < 0.8 * np.log(10)
     assert set(result["metrics"]["mean"]) == {"train", "test", "ood"}
 

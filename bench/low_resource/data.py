@@ -49,7 +49,7 @@ class Task:
 
 def _text(name, classes, train, batch=8, metric="accuracy", ood=None, test="test", hub=None, **more):
     files = {"train": f"{name}.train", "test": f"{name}.{test}", **({"ood": ood} if ood else {}), **more}
-    return Task(name, classes, train, batch, 200, 1e-4, files, metric, hub)
+    return Task(name, classes, train, batch, 200, 5e-5, files, metric, hub)
 
 
 TASKS = {
@@ -66,7 +66,7 @@ TASKS = {
                 {"text": "sentence", "label": "label"},
             ),
         ),
-        Task("fsdd", 10, 100, 16, 400, 1e-3),
+        Task("fsdd", 10, 100, 16, 400, 5e-4),
         _text(
             "sick", 3, 99,
             hub=Hub(

@@ -48,9 +48,10 @@ def arms_for(task):
 
 
 def configuration(stage, task, arm, seed, settings, sizes):
-    """All that the numbers of a run depend on: the key of its line."""
+    """All that the numbers of a run depend on: the key of its line. `settings` as in an arm's GRID."""
     return {
-        "stage": stage, "task": task.name, "arm": arm, "seed": seed, "settings": settings,
+        "stage": stage, "task": task.name, "arm": arm, "seed": seed,
+        "settings": {**settings, "lr": settings["lr"] * task.base_lr},
         "model": "" if task.speech else sizes.model, "steps": sizes.steps or task.steps,
         "train": sizes.train or task.train, "test": sizes.test, "samples": sizes.samples,
     }  # fmt: skip

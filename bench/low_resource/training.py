@@ -33,7 +33,7 @@ def run(config, data, device):
         torch.cuda.reset_peak_memory_stats(device)
     model = make_classifier(task, config["seed"], config["model"], device)
     arm = ARMS[config["arm"]](model, config["settings"], len(splits["train"]), config["steps"])
-    lr = config["settings"]["lr"] * task.base_lr
+    lr = config["settings"]["lr"]
     seconds, step_seconds = train(arm, splits["train"], config["steps"], task.batch, lr, config["seed"], device)
     if config["stage"] == "tune":
         measured = {"mean": evaluate(arm, {"dev": splits["dev"]}, 0, config["seed"], device)}
