@@ -571,10 +571,25 @@ def test_report_tells_the_difference_that_is_there(tmp_path):
 def test_report_counts_whole_seeds_only(tmp_path):
     lines = list(made_up_lines(seeds=4))[:-1]
     assert "| trec | 3 |" in report_module.report(lines, tmp_path)
-    assert "nothing to report" in report_module.report(list(made_up_lines(seeds=2)), tmp_path)
+    assert "trec 2. **Fewer than three" in report_module.report(list(made_up_lines(seeds=2)), tmp_path)
     other = dict(lines[0], config={**lines[0]["config"], "model": "another", "seed": 99})
     with pytest.raises(ValueError, match="several models or sizes"):
         report_module.report([*lines, other], tmp_path)
+
+
+def test_report_ranks_the_trials_over_the_seeds_that_all_settings_have(tmp_path):
+    losses = {1000: [1.0, 3.0, 2.0, 2.4], 1001: [3.0, 3.0, 1.8, 1.0], 1002: [0.1]}
+    lines = [
+        {
+            "config": plan.configuration("tune", TREC, "dropout", seed, settings, plan.Sizes("m")),
+            "result": {"metrics": {"mean": {"dev": {"nll": nll}}}},
+        }
+        for seed, values in losses.items()
+        for settings, nll in zip(arms.ARMS["dropout"].GRID, values, strict=False)
+    ]
+    (row,) = [line for line in report_module.report(lines, tmp_path).splitlines() if line.startswith("| dropout | 2 |")]
+    assert [cell.split()[0] for cell in row.split("|")[3:7]] == ["1.700", "1.900", "2.000", "3.000"]
+    assert row.split("|")[3].strip() == "1.700 (lr 0.0001, p 0.25)"
 
 
 def test_pooled_bins():

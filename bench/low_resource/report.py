@@ -6,7 +6,7 @@ from collections import defaultdict
 from ..report import markdown
 from .arms import ARMS
 from .data import TASKS
-from .plan import BASELINE, PRIMARY, arms_for, key
+from .plan import BASELINE, PRIMARY, SEEDS, TUNING, Sizes, arms_for, configuration, key
 from .plots import draw
 from .statistics import compare, holm
 
@@ -52,39 +52,65 @@ def json_line(environment):
 
 
 def report(lines, folder):
-    """Write report.md and the plots into `folder`; returns the text. Without three whole seeds it says so."""
+    """Write report.md and the plots into `folder`; returns the text. A task with fewer than three seeds has no result."""
     results = Results(lines)
-    if not results.tasks:
-        return "No task has three seeds that every arm has finished: nothing to report yet."
-    parts = ["# Low-resource study: results", _about(results), _primary(results)]
+    parts = ["# Low-resource study", _about(results)]
+    if results.tasks:
+        parts.append(_primary(results))
+        draw(results, folder)
     for task in results.tasks:
         parts += [f"## {task}", _measures(results, task), _costs(results, task)]
-    parts += [f"## Differences to {BASELINE}", *_differences(results)]
+    parts += [f"## Differences to {BASELINE}", *_differences(results)] if results.tasks else []
+    parts += ["## Trials: mean NLL on development examples, which choose the settings", *_trials(lines)]
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
-    draw(results, folder)
     return text
 
 
 def _about(results):
-    seeds = "; ".join(f"{task}: {len(results.seeds[task])} seeds" for task in results.tasks)
+    done = "; ".join(f"{task} {len(seeds)}" for task, seeds in results.seeds.items() if seeds)
+    text = (
+        "Made by `python -m bench.low_resource report`; the plan is in `bench/STUDY.md`. The text model is "
+        "all-MiniLM-L6-v2, a sentence-embedding model, unless `--model` named another. "
+        f"Seeds that every arm has finished, of {len(SEEDS)} planned: {done or 'none'}."
+    )
+    if not results.tasks:
+        return f"{text} **Fewer than three of a task: nothing to report yet.**"
     settings = markdown(
-        ["settings chosen on development seeds", *(name for name in results.tasks)],
+        ["settings chosen on development seeds", *results.tasks],
         [
             [arm, *(_setting(results.settings.get((task, arm))) for task in results.tasks)]
             for arm in ARMS
             if any((task, arm) in results.settings for task in results.tasks)
         ],
     )
-    return (
-        "Made by `python -m bench.low_resource report`; the plan is in `bench/STUDY.md`. The text model is "
-        "all-MiniLM-L6-v2, a sentence-embedding model, unless `--model` named another.\n\n"
-        f"{seeds}. Run on {'; '.join(results.environments)}.\n\n{settings}"
-    )
+    return f"{text} Run on {'; '.join(results.environments)}.\n\n{settings}"
+
+
+def _trials(lines):
+    """A table a task: the settings of an arm from best to worst, over the seeds that all four have."""
+    for task in dict.fromkeys(name for tuning in TUNING.values() for name in tuning.tasks):
+        losses = defaultdict(dict)
+        for config, result in ((line["config"], line["result"]) for line in lines):
+            if config["stage"] == "tune" and config["task"] == task:
+                nll = result["metrics"]["mean"]["dev"]["nll"]
+                losses[config["arm"], _setting(config["settings"])][config["seed"]] = nll
+        rows = []
+        for arm in ARMS:
+            wanted = [
+                _setting(configuration("", TASKS[task], arm, 0, g, Sizes(""))["settings"]) for g in ARMS[arm].GRID
+            ]
+            found = {setting: losses[arm, setting] for setting in wanted}
+            seeds = sorted(set.intersection(*map(set, found.values())))
+            if seeds:
+                means = {setting: st.mean(values[seed] for seed in seeds) for setting, values in found.items()}
+                rows.append([arm, len(seeds), *(f"{means[s]:.3f} ({s})" for s in sorted(means, key=means.get))])
+        if rows:
+            yield markdown([task, "seeds", "best", "second", "third", "worst"], rows)
 
 
 def _setting(settings):
-    return "-" if settings is None else ", ".join(f"{name} {value}" for name, value in settings.items())
+    return "-" if settings is None else ", ".join(f"{name} {settings[name]}" for name in sorted(settings))
 
 
 def _primary(results):
