@@ -52,7 +52,7 @@ def json_line(environment):
 
 
 def report(lines, folder):
-    """Write report.md and the plots into `folder`; returns the text. A task with fewer than three seeds has no result."""
+    """Write report.md and the plots into `folder`; returns the text. Fewer than three seeds of a task are no result."""
     results = Results(lines)
     parts = ["# Low-resource study", _about(results)]
     if results.tasks:
