@@ -72,7 +72,7 @@ def has_clusters(capability, triton_version):
 @functools.lru_cache
 def splits_in_registers(triton_version):
     """Whether halves of a tile stay where they are; older versions send them through shared memory."""
-    return reaches(triton_version, (3, 7))
+    return reaches(triton_version, (3, 6))
 
 
 @functools.lru_cache(1024)
