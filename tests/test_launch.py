@@ -62,7 +62,9 @@ def test_tiles(n, itemsize, backward, clusters, four_sums):
     assert 32 * tile.num_warps * tile.registers <= tuning.REGISTERS
 
 
-@pytest.mark.parametrize(("version", "expected"), [("3.2.0", False), ("3.5.1", False), ("3.6.0", True), ("3.10.0", True)])
+@pytest.mark.parametrize(
+    ("version", "expected"), [("3.2.0", False), ("3.5.1", False), ("3.6.0", True), ("3.10.0", True)]
+)
 def test_splits_in_registers(version, expected):
     assert tuning.splits_in_registers(version) is expected
 

@@ -128,8 +128,9 @@ def test_takes_every_shape_that_nn_layer_norm_takes(shape):
 
 def test_representation_names_the_settings():
     text = repr(KLLayerNorm((2, 3), eps=0.5, bias=False, noise="token", sample_dim=1, prior_std=0.25))
-    for part in "KLLayerNorm((2, 3)", "eps=0.5", "bias=False", "noise='token'", "sample_dim=1", "prior_std=0.25":
+    for part in "noise='token'", "sample_dim=1", "prior_std=0.25":
         assert part in text
+    assert text.startswith("KL" + repr(nn.LayerNorm((2, 3), eps=0.5, bias=False))[:-1])  # versions of torch differ
 
 
 def test_reset_parameters_restores_a_new_layer(device):
