@@ -11,7 +11,7 @@ from .versions import reaches
 
 REGISTER_WIDTH = 8192  # widest row kept whole in registers
 REGISTER_WIDTH_FP64 = 2048
-KEPT_WIDTH = 4096  # widest row whose backward with merged noise keeps its parameters in registers
+KEPT_WIDTH = 4096  # widest row whose backward with four sums keeps its parameters in registers
 TILE_ELEMENTS = 2048  # of a tile of several narrow rows
 REGISTERS = 65536  # of a multiprocessor
 # Tile width -> registers a thread of the backward with four sums, compiled for sm_90 from bf16; 256 at other widths.
