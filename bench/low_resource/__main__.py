@@ -7,6 +7,7 @@ of JSON a run to lines.jsonl in the output folder and leave out what is there al
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -26,8 +27,10 @@ OUTPUT = Path(__file__).parents[1] / "results" / "low_resource"
 
 
 def read_lines(folder):
+    """The results so far; not a last line that is still being written, or was when its run was killed."""
     path = folder / "lines.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def execute(configs, folder, data, device, jobs, minutes):
@@ -37,6 +40,7 @@ def execute(configs, folder, data, device, jobs, minutes):
     found, deadline = environment(), time.monotonic() + 60 * minutes
     about = {"device": found["device"], "torch": found["versions"]["torch"], "commit": found["commit"]}
     folder.mkdir(parents=True, exist_ok=True)
+    _cut_unfinished(folder / "lines.jsonl")
     bar = tqdm(total=len(configs), initial=len(configs) - len(waiting), unit="run")
     with (folder / "lines.jsonl").open("a", encoding="utf-8") as file, bar:
         for config, result in _results(waiting, data, device, jobs, deadline):
@@ -45,6 +49,13 @@ def execute(configs, folder, data, device, jobs, minutes):
             bar.set_postfix_str(f"{config['task']} {config['arm']} seed {config['seed']}")
             bar.update()
     return bar.total - bar.n
+
+
+def _cut_unfinished(path):
+    """A run that was killed while it wrote has left half a line, onto which the next one would be written."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _results(configs, data, device, jobs, deadline):
@@ -85,7 +96,7 @@ def main(arguments=None):
     parser.add_argument("--test", type=int, default=plan.TEST, help="examples of a test set (%(default)s)")
     parser.add_argument("--samples", type=int, default=plan.SAMPLES, help="draws of Monte Carlo (%(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run that would end later")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; of one thread each where several (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     if args.command == "report":
@@ -94,7 +105,7 @@ def main(arguments=None):
     if (args.data is None) != args.hub:
         parser.error("give either --data DIR or --hub: where the examples are")
     data = "hub" if args.hub else args.data
-    sizes = plan.Sizes(args.model, args.steps, args.train, args.test, args.samples)
+    sizes = plan.Sizes(args.model, args.steps, args.train, args.test, args.samples, args.hub)
     try:
         if args.command == "tune":
             configs = plan.trials(sorted({plan.kind(TASKS[name]) for name in args.tasks}, reverse=True), sizes)

@@ -1,11 +1,12 @@
 """The arms: what each changes in the model, adds to the loss, and does after a step. Four settings each, no more.
 
 An arm is a class: its constructor changes the classifier, `penalty` is added to the mean loss, `after_step` follows the
-optimizer, `stochastic` makes evaluation draw what training drew. `GRID` holds the settings that are tried out, beside
-the learning rate `lr`, in multiples of the task's.
+optimizer, `stochastic` makes evaluation draw the arm's own noise (where it has none, dropout's). `GRID` holds the
+settings that are tried out, beside the learning rate `lr`, in multiples of the task's.
 """
 
 import contextlib
+import itertools
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ import klnorm
 ARMS = {}
 WARMUP = 0.1  # of the steps: learning rate, and weight of the KL
 RHO_LR = 1e-2
+WEIGHT_DECAY = 0.01
 VIB_SAMPLES = 5
 
 
@@ -30,9 +32,8 @@ def _arm(name):
 
 
 def _grid(lrs=(1, 2), **values):
-    """Every learning rate with every value of the one setting: four in all."""
-    settings = [{}] if not values else [{name: v} for name, options in values.items() for v in options]
-    return [{"lr": lr, **setting} for lr in lrs for setting in settings]
+    """Every learning rate with every value of the settings: four in all."""
+    return [dict(zip(("lr", *values), chosen, strict=True)) for chosen in itertools.product(lrs, *values.values())]
 
 
 @_arm("layer_norm")
@@ -44,6 +45,17 @@ class LayerNorm:
 
     def __init__(self, model, settings, examples, steps):
         self.model, self.settings = model, settings
+
+    def param_groups(self, lr):
+        """Of the optimizer; where `affine_lr` is a setting, means of scales and shifts of norms learn at that rate."""
+        groups = klnorm.param_groups(self.model, lr=lr, rho_lr=RHO_LR, weight_decay=WEIGHT_DECAY)
+        if "affine_lr" not in self.settings:
+            return groups
+        norms = [m for m in self.model.encoder.modules() if isinstance(m, (nn.LayerNorm, klnorm.KLLayerNorm))]
+        affine = [p for norm in norms for p in (norm.weight, norm.bias)]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if not any(p is a for a in affine)]
+        return [*groups, {"name": "affine", "params": affine, "lr": self.settings["affine_lr"], "weight_decay": 0.0}]
 
     def training_mode(self):
         self.model.train()
@@ -240,6 +252,20 @@ class KLLast(_Sampled):
     """KL-Norm in the last norm only, which bears more noise: three times that of kl_sample."""
 
     OPTIONS: ClassVar = {"init_std": 0.15, "prior_std": 0.3, "filter_fn": klnorm.last_norms(1)}
+
+
+@_arm("affine_lr")
+class AffineLR(LayerNorm):
+    """LayerNorm whose scales and shifts learn 10 or 100 times as fast as the rest: the baseline of kl_affine."""
+
+    GRID = _grid(affine_lr=(5e-4, 5e-3))
+
+
+@_arm("kl_affine")
+class KLAffine(_Sampled):
+    """kl_sample whose means learn 10 or 100 times as fast as the rest, so that the KL has something to hold."""
+
+    GRID = _grid(lrs=(1,), affine_lr=(5e-4, 5e-3), per=("example", "parameter"))
 
 
 @_arm("noise_only")

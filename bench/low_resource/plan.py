@@ -23,18 +23,23 @@ class Tuning(NamedTuple):
 
 TUNING = {"text": Tuning(("trec",), (1000, 1001)), "speech": Tuning(("fsdd",), (1000, 1001))}
 REPORTED = "trec", "sst2", "fsdd"
-# On the longest texts, for time: the baselines that train alike, the primary arm, its ablations, the last norm alone.
-FEW_ARMS = {"sst2": ("layer_norm", "dropout", "l2_sp", "kl_sample", "kl_last", "noise_only", "kl_only")}
+FEW_ARMS = {
+    # The longest texts; for time: the baselines that train alike, the primary arm, its ablations, the last norm alone.
+    "sst2": ("layer_norm", "dropout", "l2_sp", "kl_sample", "kl_last", "noise_only", "kl_only"),
+    # From scratch all learns fast enough for scales and shifts to move.
+    "fsdd": tuple(name for name in ARMS if name not in ("affine_lr", "kl_affine")),
+}
 
 
 class Sizes(NamedTuple):
-    """What an option of the command can make smaller or larger than planned; None: as the task has it."""
+    """What options of the command make other than planned; None: as the task has it."""
 
     model: str
     steps: int | None = None
     train: int | None = None
     test: int = TEST
     samples: int = SAMPLES
+    hub: bool = False
 
 
 def kind(task):
@@ -48,12 +53,13 @@ def arms_for(task):
 
 
 def configuration(stage, task, arm, seed, settings, sizes):
-    """All that the numbers of a run depend on: the key of its line. `settings` as in an arm's GRID."""
+    """What the numbers of a run depend on beside the code: the key of its line. `settings` as in an arm's GRID."""
     return {
         "stage": stage, "task": task.name, "arm": arm, "seed": seed,
         "settings": {**settings, "lr": settings["lr"] * task.base_lr},
         "model": "" if task.speech else sizes.model, "steps": sizes.steps or task.steps,
         "train": sizes.train or task.train, "test": sizes.test, "samples": sizes.samples,
+        **({"data": "hub"} if sizes.hub else {}),
     }  # fmt: skip
 
 
@@ -88,7 +94,8 @@ def chosen(lines, kind_, arm, sizes):
         ]
         if not all(key(config) in found for _, config in runs):
             return None
-        losses[i] = statistics.mean(found[key(config)] / math.log(task.classes) for task, config in runs)
+        loss = statistics.mean(found[key(config)] / math.log(task.classes) for task, config in runs)
+        losses[i] = math.inf if math.isnan(loss) else loss
     return ARMS[arm].GRID[min(losses, key=losses.get)]
 
 

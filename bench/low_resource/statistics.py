@@ -22,7 +22,8 @@ def compare(arm, baseline):
     """A Comparison of two sequences of numbers, one a seed, in the same order; at least 3 seeds.
 
     The interval is the bias-corrected and accelerated bootstrap's (Efron 1987), the test that of all sign flips up to
-    13 seeds, of 10,000 random ones beyond. Both are seeded.
+    13 seeds, of 10,000 random ones beyond. Both are seeded. Means are compared to 12 decimals: accuracies are multiples
+    of 1 / n, and sums that are equal must not differ by their rounding.
     """
     difference = np.subtract(arm, baseline).astype(float)
     if len(difference) < 3:
@@ -34,7 +35,7 @@ def compare(arm, baseline):
         (difference,), np.mean, method="BCa", confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
     ).confidence_interval
     test = stats.permutation_test(
-        (difference, np.zeros_like(difference)), lambda x, y, axis: np.mean(x - y, axis=axis),
+        (difference, np.zeros_like(difference)), lambda x, y, axis: np.mean(x - y, axis=axis).round(12),
         permutation_type="samples", vectorized=True, n_resamples=9999, rng=np.random.default_rng(0),
     )  # fmt: skip
     return Comparison(difference.mean(), interval.low, interval.high, float(test.pvalue), len(difference))

@@ -14,11 +14,10 @@ import klnorm
 from klnorm.demo_report import accuracy, calibration_error, nll, reliability
 
 from ..measure import saved_bytes
-from .arms import ARMS, RHO_LR, WARMUP
+from .arms import ARMS, WARMUP
 from .data import TASKS, splits_of
 from .models import load_tokenizer, make_classifier
 
-WEIGHT_DECAY = 0.01
 CLIP = 1.0
 EVALUATION_BATCH = 64
 CALIBRATION_BINS = 10
@@ -56,8 +55,7 @@ def run(config, data, device):
 
 def train(arm, split, steps, batch, lr, seed, device):
     """AdamW, 10 % linear warm-up, then linear decay to 0; (seconds, median seconds of a step)."""
-    model = arm.model
-    groups = klnorm.param_groups(model, lr=lr, rho_lr=RHO_LR, weight_decay=WEIGHT_DECAY)
+    groups = arm.param_groups(lr)
     optimizer = torch.optim.AdamW(groups, fused=True)  # bias-corrected
     warmup = max(1, round(WARMUP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
