@@ -1,10 +1,12 @@
 """The low-resource study: its arms and data, paired runs, statistics, and a whole run of a tiny model."""
 
+import contextlib
 import gzip
 import itertools
 import json
 import sys
 import types
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 
 import klnorm
 from bench.low_resource import __main__ as command
-from bench.low_resource import arms, data, models, plan, statistics, training
+from bench.low_resource import arms, data, models, plan, plots, statistics, training
 from bench.low_resource import report as report_module
 from bench.low_resource.data import TASKS, Split
 from bench.low_resource.models import Classifier
@@ -112,11 +114,11 @@ def test_trials_then_reporting_runs_then_nothing_is_left(model_folder, data_fold
     assert "python -m bench.low_resource tune" in capsys.readouterr().err
     assert small("tune", model_folder, data_folder, tmp_path) == 0
     trials = command.read_lines(tmp_path)
-    assert len(trials) == 13 * 4 * 2
+    assert len(trials) == 15 * 4 * 2
     assert {line["config"]["seed"] for line in trials} == {1000, 1001}
     assert small("run", model_folder, data_folder, tmp_path, "--minutes", "0") == 0  # no time: none begins
     assert len(command.read_lines(tmp_path)) == len(trials)
-    assert "26 of 26 runs left" in capsys.readouterr().out
+    assert "30 of 30 runs left" in capsys.readouterr().out
     assert small("run", model_folder, data_folder, tmp_path) == 0
     lines = command.read_lines(tmp_path)[len(trials) :]
     assert [(line["config"]["seed"], line["config"]["arm"]) for line in lines] == [
@@ -142,6 +144,25 @@ def test_two_processes_give_the_lines_of_one(model_folder, data_folder, tmp_path
         for jobs in (1, 2)
     )
     assert one == two
+
+
+def test_half_a_line_of_a_run_that_was_killed_is_left_out_and_written_again(model_folder, data_folder, tmp_path):
+    settings = arms.ARMS["layer_norm"].GRID[0]
+    configs = [
+        plan.configuration("report", TREC, "layer_norm", seed, settings, SIZES._replace(model=model_folder))
+        for seed in (0, 1)
+    ]
+    command.execute(configs, tmp_path, data_folder, "cpu", 1, float("inf"))
+    path = tmp_path / "lines.jsonl"
+    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    assert [line["config"]["seed"] for line in command.read_lines(tmp_path)] == [0]
+    command.execute(configs, tmp_path, data_folder, "cpu", 1, float("inf"))
+    assert [line["config"]["seed"] for line in command.read_lines(tmp_path)] == [0, 1]
+
+
+def test_examples_of_the_hub_are_another_configuration():
+    one, other = (plan.configuration("report", TREC, "vib", 0, {"lr": 1}, SIZES._replace(hub=h)) for h in (False, True))
+    assert plan.key(one) != plan.key(other)
 
 
 # ---- Pairing and fairness --------------------------------------------------------------------------------------------
@@ -240,7 +261,7 @@ def test_settings_are_those_of_the_least_mean_loss():
         config = plan.configuration("tune", TREC, "dropout", seed, settings, SIZES)
         return {"config": config, "result": {"metrics": {"mean": {"dev": {"nll": nll}}}}}
 
-    losses = {1000: [1.0, 3.0, 2.0, 2.4], 1001: [3.0, 3.0, 1.8, 1.0]}
+    losses = {1000: [float("nan"), 3.0, 2.0, 2.4], 1001: [1.0, 3.0, 1.8, 1.0]}
     lines = [line(s, g, x) for s, xs in losses.items() for g, x in zip(arms.ARMS["dropout"].GRID, xs, strict=True)]
     assert plan.chosen(lines, "text", "dropout", SIZES) == arms.ARMS["dropout"].GRID[3]
     assert plan.chosen(lines[1:], "text", "dropout", SIZES) is None
@@ -430,6 +451,113 @@ def test_conditional_layers_get_the_mask_of_the_batch(model_folder):
     assert seen == [batch["mask"]] or torch.equal(seen[0], batch["mask"])
 
 
+@pytest.mark.parametrize("name", list(arms.ARMS))
+def test_which_noise_monte_carlo_draws(name, model_folder):
+    """An arm with noise of its own draws that, and no dropout; the others draw dropout; mixout both."""
+    model = classifier(model_folder)
+    arm = arms.ARMS[name](model, arms.ARMS[name].GRID[-1], 20, 3)
+    own = name in ("vib", "kl_sample", "kl_token", "kl_batch", "kl_last", "kl_affine", "noise_only", "conditional")
+    batch, _ = a_batch()
+    model.eval()
+    with arm.stochastic():
+        dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+        assert {m.training for m in dropouts} == {not own}
+        for module in dropouts:
+            module.eval()
+        with torch.no_grad():
+            without_dropout = not torch.equal(model(**batch), model(**batch))
+        assert without_dropout == (own or name == "mixout")
+    assert not any(m.training for m in model.modules())
+
+
+def test_the_deterministic_arm_weighs_its_divergence(model_folder):
+    model = classifier(model_folder)
+    arm = arms.ARMS["deterministic"](model, {"lr": 1, "factor": 0.1}, examples=20, steps=10)
+    assert arm.penalty() == 0.0
+    arm.after_step(0.1)
+    assert arm.penalty().item() == pytest.approx(0.1 * klnorm.kl_divergence(model).item() / 20)
+
+
+@pytest.mark.parametrize(("name", "deviations"), [("affine_lr", 0), ("kl_affine", 2 * 5)])
+def test_means_of_norms_learn_at_their_own_rate(name, deviations, model_folder):
+    model = classifier(model_folder)
+    arm = arms.ARMS[name](model, {"lr": 5e-5, "affine_lr": 5e-3, "per": "example"}, 20, 3)
+    groups = {group["name"]: group for group in arm.param_groups(5e-5)}
+    names = {p: n for n, p in model.named_parameters()}
+    affine = {names[p] for p in groups["affine"]["params"]}
+    assert affine == {n for n in names.values() if "LayerNorm." in n and not n.endswith("_rho")}
+    assert len(affine) == 2 * 5
+    assert (groups["affine"]["lr"], groups["affine"]["weight_decay"]) == (5e-3, 0.0)
+    assert groups["decay"]["lr"] == groups["no_decay"]["lr"] == 5e-5
+    assert len(groups.get("rho", {"params": []})["params"]) == deviations
+    everything = [p for group in groups.values() for p in group["params"]]
+    assert sorted(map(id, everything)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+class Spy(arms.LayerNorm):
+    """One weight w, 0 at first, under the loss w + w, whose second half is the penalty; notes what every step sees."""
+
+    def __init__(self, lr):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False)).eval()
+        nn.init.zeros_(model[0].weight)
+        super().__init__(model, {"lr": lr}, 4, 10)
+        self.weight, self.batches, self.after, self.rates = model[0].weight, [], [], []
+
+    def loss(self, batch, labels):
+        assert self.model.training
+        self.batches.append(batch["inputs"][:, 0].tolist())
+        return self.weight.sum()
+
+    def penalty(self):
+        return self.weight.sum()
+
+    def after_step(self, lr):
+        self.after.append(self.weight.item())
+        self.gradient = self.weight.grad.item()
+        self.rates.append(lr)
+
+
+def four_examples():
+    return Split([torch.tensor([i]) for i in range(4)], torch.zeros(4, dtype=torch.long))
+
+
+def test_training_warms_up_clips_decays_and_keeps_the_order():
+    spy = Spy(0.1)
+    training.train(spy, four_examples(), 20, 2, 0.1, seed=3, device=CPU)
+    assert spy.batches == training.batch_order(4, 20, 2, 3).tolist()
+    # Two steps of warm-up, then down to 1 / 18 of the rate in the last step.
+    expected = [0.05, 0.1, *(0.1 * (20 - step) / 18 for step in range(2, 20))]
+    np.testing.assert_allclose(spy.rates, expected, rtol=1e-6)
+    assert spy.gradient == pytest.approx(training.CLIP, rel=1e-5)
+    # AdamW goes down by the rate under a constant gradient, and decays: w <- w (1 - rate * decay) - rate.
+    weight, path = 0.0, []
+    for rate in expected:
+        weight = weight * (1 - rate * arms.WEIGHT_DECAY) - rate
+        path.append(weight)
+    np.testing.assert_allclose(spy.after, path, rtol=1e-5)
+
+
+def test_the_penalty_counts(monkeypatch):
+    monkeypatch.setattr(Spy, "penalty", lambda self: -3 * self.weight.sum())
+    spy = Spy(0.1)
+    training.train(spy, four_examples(), 3, 2, 0.1, seed=3, device=CPU)
+    assert spy.after[-1] > 0
+
+
+def test_training_draws_the_same_whatever_was_drawn_before(monkeypatch):
+    monkeypatch.setattr(Spy, "penalty", lambda self: self.weight.sum() * torch.randn(()))
+    found = []
+    for seed in 1, 1, 2:
+        torch.rand(len(found) + 1)
+        spy = Spy(0.1)
+        training.train(spy, four_examples(), 5, 2, 0.1, seed=seed, device=CPU)
+        found.append(spy.after)
+    assert found[0] == found[1] != found[2]
+
+
 # ---- Measures --------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +582,22 @@ def test_metrics_by_hand():
     assert metrics["mcc"] == pytest.approx((1 * 2 - 0 * 1) / np.sqrt(1 * 3 * 2 * 2))
     assert metrics["ece"] == pytest.approx((0.05 + 0.65 + 0.25 + 0.15) / 4, abs=1e-6)
     assert [n for n, *_ in metrics["bins"]] == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_monte_carlo_averages_probabilities_of_all_draws():
+    calls = itertools.count()
+
+    class Changing(nn.Module):
+        def forward(self, inputs, mask):
+            p = 0.9 if next(calls) % 4 == 0 else 0.2
+            return torch.tensor([[p, 1 - p]]).log().expand(len(inputs), 2)
+
+    entered = []
+    arm = types.SimpleNamespace(model=Changing(), stochastic=lambda: entered.append(1) or contextlib.nullcontext())
+    split = Split([torch.tensor([1]), torch.tensor([1])], torch.tensor([0, 0]))
+    metrics = training.evaluate(arm, {"test": split}, 8, 0, CPU)["test"]
+    assert metrics["nll"] == pytest.approx(-np.log((2 * 0.9 + 6 * 0.2) / 8), rel=1e-5)
+    assert entered == [1]
 
 
 def test_out_of_scope_auroc_is_that_of_confidence():
@@ -504,14 +648,32 @@ def test_sign_flips_by_brute_force():
     assert found.seeds == 7
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    generator, inside = np.random.default_rng(5), 0
-    for _ in range(100):
-        found = statistics.compare(generator.normal(0.5, 1.0, 20), np.zeros(20))
-        assert found.low < found.mean < found.high
-        inside += found.low <= 0.5 <= found.high
-    # Binomial(100, 0.95) lies in 84 .. 100 but for 1 in 30,000; with 20 seeds BCa covers a point or two less.
-    assert 84 <= inside <= 100
+def test_sign_flips_of_accuracies_that_tie():
+    """Accuracies are k / 300: sums that are equal must count as equal, whatever they were rounded to."""
+    generator = np.random.default_rng(1)
+    for _ in range(30):
+        k, baseline = generator.integers(-6, 8, 8), generator.integers(200, 260, 8)
+        flips = np.array(list(itertools.product((1, -1), repeat=8)))
+        as_large = np.abs((flips * k).sum(1)) >= abs(k.sum())
+        found = statistics.compare((baseline + k) / 300, baseline / 300)
+        assert found.p == pytest.approx(as_large.mean(), abs=1e-12)
+
+
+def test_the_interval_is_the_bias_corrected_and_accelerated_one():
+    difference = np.array([0.02, 0.05, 0.1, 0.12, 0.2, 0.25, 0.4, 0.7, 1.3, 3.0])
+    draws = np.random.default_rng(9).choice(difference, (200_000, 10)).mean(1)
+    normal, mean = NormalDist(), difference.mean()
+    bias = normal.inv_cdf(((draws < mean).mean() + (draws <= mean).mean()) / 2)
+    left_out = mean - (difference.sum() - difference) / 9  # mean of the jackknife's means minus each
+    acceleration = (left_out**3).sum() / (6 * (left_out**2).sum() ** 1.5)
+    found = statistics.compare(difference, np.zeros(10))
+    for end, tail in (found.low, 0.025), (found.high, 0.975):
+        z = bias + normal.inv_cdf(tail)
+        level = normal.cdf(bias + z / (1 - acceleration * z))
+        # 10,000 draws there: a quantile has a standard error of sqrt(level (1 - level) / 10,000) in probability, and
+        # as much comes from the share of draws below the mean. A plain percentile interval is farther off.
+        error = 5 * (level * (1 - level) / 1e4) ** 0.5
+        assert abs((draws < end).mean() - level) < error < abs(tail - level)
 
 
 def test_differences_without_spread():
@@ -529,24 +691,26 @@ def test_holm_by_hand():
 # ---- The report ------------------------------------------------------------------------------------------------------
 
 
-def made_up_lines(seeds=5, better=0.1):
-    """Runs of trec in which kl_sample has a test NLL lower by about `better`, all else random."""
+def made_up_lines(seeds=5, better=0.1, tasks=("trec", "sst2", "fsdd")):
+    """Runs in which kl_sample has a test NLL lower by about `better`, all else random."""
     generator = np.random.default_rng(0)
-    for seed, arm in itertools.product(range(seeds), arms.ARMS):
+    for seed, task, arm in ((s, TASKS[t], a) for s in range(seeds) for t in tasks for a in plan.arms_for(TASKS[t])):
 
-        def metrics(shift):
+        def metrics(shift=0.0):
             nll = 0.6 + 0.01 * generator.normal() - shift
             bins = [[3, 0.5, 0.4]] * 10
             return {"accuracy": 0.8 + 0.02 * generator.normal(), "nll": nll, "ece": 0.1, "mcc": 0.7, "bins": bins}
 
         shift = better if arm == "kl_sample" else 0.0
         found = {
-            "mean": {"train": metrics(0), "test": metrics(shift)},
+            "mean": {"train": metrics(), "test": metrics(shift)},
             "mc": {"test": metrics(shift)},
         }
+        for mode in found if task.name != "trec" else ():
+            found[mode]["ood"] = metrics()
         layers = {"a": [0.1, 0.2, 3.0], "b": [0.3, 0.1, 2.0]} if arm.startswith("kl_") else {}
         yield {
-            "config": plan.configuration("report", TREC, arm, seed, arms.ARMS[arm].GRID[0], plan.Sizes("m")),
+            "config": plan.configuration("report", task, arm, seed, arms.ARMS[arm].GRID[0], plan.Sizes("m")),
             "result": {
                 "metrics": found, "parameters": 10, "saved_bytes": 20, "peak_bytes": 30, "seconds": 1.0, "step_ms": 2.0,
                 "layers": layers,
@@ -557,23 +721,107 @@ def made_up_lines(seeds=5, better=0.1):
 
 def test_report_tells_the_difference_that_is_there(tmp_path):
     text = report_module.report(list(made_up_lines(seeds=8)), tmp_path)
-    (row,) = [line for line in text.splitlines() if line.startswith("| trec | 8 |")]
-    assert row.endswith("| better |")
-    assert abs(float(row.split("|")[3]) + 0.1) < 0.02
+    for task in "trec", "sst2", "fsdd":
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {task} | 8 |")]
+        assert row.endswith("| better |")
+        assert abs(float(row.split("|")[3]) + 0.1) < 0.02
+        assert row.split("|")[5:7] == [" 0.0078 ", " 0.0234 "]  # 2 of 256 sign patterns, times three tasks
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["calibration.png", "differences.png", "posteriors.png"]
+    assert all(f"]({p.name})" in text for p in tmp_path.glob("*.png"))
     text = report_module.report(list(made_up_lines(seeds=8, better=-0.1)), tmp_path)
     assert "| worse |" in text
     text = report_module.report(list(made_up_lines(seeds=8, better=0.0)), tmp_path)
     assert "no difference shown" in text
 
 
+def test_report_corrects_for_all_tasks_of_the_plan_and_says_when_seeds_are_few(tmp_path):
+    text = report_module.report(list(made_up_lines(seeds=8, tasks=("trec",))), tmp_path)
+    assert "| 0.0078 | 0.0234 | better |" in text
+    for seeds, verdict in (6, "too few seeds to show one"), (7, "better"):  # 3 x 2 / 2^6 > 0.05 > 3 x 2 / 2^7
+        text = report_module.report(list(made_up_lines(seeds=seeds, tasks=("trec",))), tmp_path)
+        assert f"| {verdict} |" in text
+
+
+def rows_of(text, title):
+    """Header and rows of the first table whose header begins so: lists of cells."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {title}"))
+    table = [
+        line for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:]) if "---" not in line
+    ]
+    header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    return header, {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_numbers_of_the_report_by_hand(tmp_path):
+    lines = list(made_up_lines(seeds=5))
+    text = report_module.report(lines, tmp_path)
+    runs = {(x["config"]["task"], x["config"]["arm"], x["config"]["seed"]): x["result"]["metrics"] for x in lines}
+
+    def values(task, arm, mode, split, measure):
+        return np.array([runs[task, arm, seed][mode][split][measure] for seed in range(5)])
+
+    _, rows = rows_of(text[text.index("## sst2") :], "mean ± deviation")
+    cells = rows["l2_sp"]
+    train, test = (values("sst2", "l2_sp", "mean", split, "accuracy") for split in ("train", "test"))
+    assert cells["test accuracy %, means"] == f"{100 * test.mean():.1f} ± {100 * test.std(ddof=1):.1f}"
+    assert cells["train - test %"] == f"{100 * (train - test).mean():.1f} ± {100 * (train - test).std(ddof=1):.1f}"
+    assert cells["worst seed, test accuracy"] == f"{100 * test.min():.1f}"
+    outside = values("sst2", "l2_sp", "mc", "ood", "nll")
+    assert cells["ood nll, Monte Carlo"] == f"{outside.mean():.3f} ± {outside.std(ddof=1):.3f}"
+
+    differences = text[text.index("## Differences to") :]
+    for title, mode, split in (("ood nll, means", "mean", "ood"), ("test nll, Monte Carlo", "mc", "test")):
+        header, rows = rows_of(differences, title)
+        tasks = [task for task in header[1:] if rows["kl_sample"][task] != "-"]
+        assert tasks == (["sst2", "fsdd"] if split == "ood" else ["trec", "sst2", "fsdd"])
+        found = {
+            task: statistics.compare(*(values(task, arm, mode, split, "nll") for arm in ("kl_sample", "layer_norm")))
+            for task in tasks
+        }
+        for task, p in zip(tasks, statistics.holm([c.p for c in found.values()]), strict=True):
+            c = found[task]
+            expected = f"{c.mean:+.4f} ({c.low:+.4f} to {c.high:+.4f}), p {p:.3f}{' *' if p < 0.05 else ''}"
+            assert rows["kl_sample"][task] == expected
+    _, rows = rows_of(differences, "train - test %")
+    train, test, base_train, base_test = (
+        values("trec", arm, "mean", split, "accuracy")
+        for arm in ("mixout", "layer_norm")
+        for split in ("train", "test")
+    )
+    expected = 100 * ((train - test) - (base_train - base_test)).mean()
+    assert rows["mixout"]["trec"].startswith(f"{expected:+.2f} (")
+
+    _, rows = rows_of(text[text.index("## What makes a difference") :], "test nll, means")
+    affine = next(row for name, row in rows.items() if name.startswith("kl_affine - affine_lr"))
+    one, other = (values("trec", arm, "mean", "test", "nll") for arm in ("kl_affine", "affine_lr"))
+    assert affine["trec"].startswith(f"{(one - other).mean():+.4f} (")
+    assert affine["sst2"] == affine["fsdd"] == "-"
+
+
+def test_peak_memory_is_told_where_it_is_an_arm_s_own(tmp_path):
+    lines = list(made_up_lines(seeds=3, tasks=("trec",)))
+    assert "| peak memory, bytes |" in report_module.report(lines, tmp_path)
+    for line in lines:
+        line["environment"]["device"] = "CPU, x86_64"
+    text = report_module.report(lines, tmp_path)
+    assert "peak memory" not in text
+    assert "only a hint" in text
+
+
 def test_report_counts_whole_seeds_only(tmp_path):
-    lines = list(made_up_lines(seeds=4))[:-1]
+    lines = list(made_up_lines(seeds=4, tasks=("trec",)))[:-1]
     assert "| trec | 3 |" in report_module.report(lines, tmp_path)
-    assert "trec 2. **Fewer than three" in report_module.report(list(made_up_lines(seeds=2)), tmp_path)
-    other = dict(lines[0], config={**lines[0]["config"], "model": "another", "seed": 99})
-    with pytest.raises(ValueError, match="several models or sizes"):
+    few = list(made_up_lines(seeds=2, tasks=("trec",)))
+    assert "trec 2. **Fewer than three" in report_module.report(few, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"model": "another"}, {"steps": 7}, {"settings": {"lr": 1.0}}, {"data": "hub"}])
+def test_report_mixes_no_configurations(change, tmp_path):
+    lines = list(made_up_lines(seeds=3, tasks=("trec",)))
+    other = dict(lines[0], config={**lines[0]["config"], **change, "seed": 99})
+    with pytest.raises(ValueError, match=r"trec, layer_norm.*several models, sizes or settings.*--output"):
         report_module.report([*lines, other], tmp_path)
 
 
@@ -593,10 +841,8 @@ def test_report_ranks_the_trials_over_the_seeds_that_all_settings_have(tmp_path)
 
 
 def test_pooled_bins():
-    from bench.low_resource.plots import pooled
-
     runs = [[[2, 0.5, 1.0], [0, None, None]], [[6, 0.7, 0.5], [0, None, None]]]
-    assert pooled(runs) == [(pytest.approx(0.65), pytest.approx(0.625))]
+    assert plots.pooled(runs) == [(pytest.approx(0.65), pytest.approx(0.625))]
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,11 @@ from .arms import ARMS
 from .data import TASKS
 
 BASELINE, PRIMARY = "layer_norm", "kl_sample"
+ATTRIBUTIONS = (
+    ("kl_sample", "noise_only", "what KL and learned deviations add to noise"),
+    ("kl_sample", "kl_only", "what noise adds to the KL"),
+    ("kl_affine", "affine_lr", "both, where the means move"),
+)
 SEEDS = range(10)
 SAMPLES = 8
 TEST = 300  # examples, at most, of every test set

@@ -5,7 +5,8 @@ from .plan import BASELINE, PRIMARY, arms_for
 from .statistics import compare
 
 DPI = 110
-POSTERIORS = "kl_sample", "kl_token", "kl_batch"
+POSTERIORS = {"kl_sample": "#4c72b0", "kl_token": "#dd8452", "kl_batch": "#55a868", "kl_affine": "#c44e52"}
+PICTURES = "differences", "posteriors", "calibration"
 
 
 def draw(results, folder):
@@ -15,7 +16,7 @@ def draw(results, folder):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    for name, make in (("differences", _differences), ("posteriors", _posteriors), ("calibration", _calibration)):
+    for name, make in zip(PICTURES, (_differences, _posteriors, _calibration), strict=True):
         figure = make(pyplot, results)
         figure.savefig(folder / f"{name}.png", dpi=DPI)
         pyplot.close(figure)
@@ -23,7 +24,7 @@ def draw(results, folder):
 
 def _differences(pyplot, results):
     """A row of panels a task: accuracy and NLL of every arm minus the baseline's, at the means and by Monte Carlo."""
-    columns = [("accuracy", "test"), ("nll", "test"), ("accuracy", "ood"), ("nll", "ood")]
+    columns = [("metric", "test"), ("nll", "test"), ("metric", "ood"), ("nll", "ood")]
     figure, axes = pyplot.subplots(
         len(results.tasks), len(columns), figsize=(15, 3.6 * len(results.tasks)), squeeze=False, layout="constrained"
     )
@@ -45,8 +46,8 @@ def _differences(pyplot, results):
                 axis.errorbar(mean, places, xerr=errors, fmt="o", color=color, markersize=4, label=label)
             axis.set_yticks(range(len(arms)), arms)
             axis.invert_yaxis()
-            better = "right" if measure == "accuracy" else "left"
-            axis.set_title(f"{task}, {split}: {measure} minus {BASELINE}'s (better: {better})", fontsize=9)
+            better, name = ("left", measure) if measure == "nll" else ("right", TASKS[task].metric)
+            axis.set_title(f"{task}, {split}: {name} minus {BASELINE}'s (better: {better})", fontsize=9)
     axes[0][0].legend(fontsize=8)
     return figure
 
@@ -57,7 +58,7 @@ def _posteriors(pyplot, results):
         1, len(results.tasks), figsize=(5 * len(results.tasks), 4.5), squeeze=False, layout="constrained"
     )
     for axis, task in zip(axes[0], results.tasks, strict=True):
-        for arm, color in zip(POSTERIORS, ("#4c72b0", "#dd8452", "#55a868"), strict=True):
+        for arm, color in POSTERIORS.items():
             if arm not in arms_for(TASKS[task]):
                 continue
             layers = [results.runs[task, arm][seed]["layers"] for seed in results.seeds[task]]
@@ -66,8 +67,9 @@ def _posteriors(pyplot, results):
                 axis.plot(means, style, color=color, marker="o", markersize=3, label=f"{arm}, {name}")
         axis.set_yscale("log")
         axis.set_xlabel("norm, in the order of the model")
-        axis.set_title(f"{task}: |mean - prior mean| / deviation, median")
+        axis.set_title(task)
         axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("|mean - prior mean| / deviation, median of a layer")
     return figure
 
 

@@ -6,12 +6,13 @@ from collections import defaultdict
 from ..report import markdown
 from .arms import ARMS
 from .data import TASKS
-from .plan import BASELINE, PRIMARY, SEEDS, TUNING, Sizes, arms_for, configuration, key
-from .plots import draw
+from .plan import ATTRIBUTIONS, BASELINE, PRIMARY, REPORTED, SEEDS, TUNING, Sizes, arms_for, configuration, key
+from .plots import PICTURES, draw
 from .statistics import compare, holm
 
-LOWER_IS_BETTER = "nll", "ece"
-PERCENT = "accuracy", "mcc", "ece"
+LEVEL = 0.05
+LOWER_IS_BETTER = "nll", "ece", "gap"
+PERCENT = "accuracy", "mcc", "ece", "gap"
 MODES = {"mean": "means", "mc": "Monte Carlo"}
 
 
@@ -20,14 +21,18 @@ class Results:
 
     def __init__(self, lines):
         lines = {key(line["config"]): line for line in lines if line["config"]["stage"] == "report"}.values()
-        variants = {tuple(v for k, v in line["config"].items() if k in ("model", "test", "samples")) for line in lines}
-        if len({v for v in variants if v[0]}) > 1:
-            raise ValueError("the lines are of several models or sizes, expected one. Remedy: an --output for each.")
-        self.runs, self.settings = defaultdict(dict), {}
+        self.runs, self.settings, sizes = defaultdict(dict), {}, {}
         for line in lines:
-            config = line["config"]
-            self.runs[config["task"], config["arm"]][config["seed"]] = line["result"]
-            self.settings[config["task"], config["arm"]] = config["settings"]
+            config, task, arm = line["config"], line["config"]["task"], line["config"]["arm"]
+            size = {name: v for name, v in config.items() if name not in ("arm", "seed", "settings")}
+            same = self.settings.setdefault((task, arm), config["settings"]) == config["settings"]
+            if not same or sizes.setdefault(task, size) != size:
+                raise ValueError(
+                    f"the lines of {task}, {arm} have several models, sizes or settings, expected one. "
+                    "Remedy: an --output for each."
+                )
+            self.runs[task, arm][config["seed"]] = line["result"]
+        self.on_gpu = not any(line["environment"]["device"].startswith("CPU") for line in lines)
         self.environments = sorted({json_line(line["environment"]) for line in lines})
         self.seeds = {
             name: sorted(set.intersection(*(set(self.runs[name, arm]) for arm in arms_for(task))))
@@ -36,12 +41,12 @@ class Results:
         self.tasks = [name for name, seeds in self.seeds.items() if len(seeds) >= 3]
 
     def values(self, task, arm, mode, split, measure):
-        """One number a seed; the train-test gap is the measure "gap"."""
+        """One number a seed. Measure "metric" is the task's own, "gap" that of training minus test examples."""
         found = [self.runs[task, arm][seed]["metrics"] for seed in self.seeds[task]]
+        metric = TASKS[task].metric
         if measure == "gap":
-            metric = TASKS[task].metric
             return [m[mode]["train"][metric] - m[mode]["test"][metric] for m in found]
-        return [m[mode][split][measure] for m in found]
+        return [m[mode][split][metric if measure == "metric" else measure] for m in found]
 
     def has(self, task, split):
         return split in next(iter(self.runs[task, BASELINE].values()))["metrics"]["mean"]
@@ -58,9 +63,11 @@ def report(lines, folder):
     if results.tasks:
         parts.append(_primary(results))
         draw(results, folder)
+        parts.append("\n".join(f"![{name}]({name}.png)" for name in PICTURES))
+        parts += ["## What makes a difference", *_attributions(results)]
     for task in results.tasks:
         parts += [f"## {task}", _measures(results, task), _costs(results, task)]
-    parts += [f"## Differences to {BASELINE}", *_differences(results)] if results.tasks else []
+    parts += [f"## Differences to {BASELINE}, paired by seed", *_differences(results)] if results.tasks else []
     parts += ["## Trials: mean NLL on development examples, which choose the settings", *_trials(lines)]
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -114,11 +121,13 @@ def _setting(settings):
 
 
 def _primary(results):
-    comparisons = [_compare(results, task, PRIMARY, "mean", "test", "nll") for task in results.tasks]
-    adjusted = holm([c.p for c in comparisons])
+    """Holm over the tasks of the plan, also those that are not done, whose p counts as 1."""
+    tasks = [task for task in REPORTED if task in results.tasks]
+    comparisons = [_compare(results, task, PRIMARY, BASELINE, "mean", "test", "nll") for task in tasks]
+    adjusted = holm([c.p for c in comparisons] + [1.0] * (len(REPORTED) - len(tasks)))
     rows = [
         [task, c.seeds, f"{c.mean:+.4f}", f"{c.low:+.4f} to {c.high:+.4f}", f"{c.p:.4f}", f"{p:.4f}", _verdict(c, p)]
-        for task, c, p in zip(results.tasks, comparisons, adjusted, strict=True)
+        for task, c, p in zip(tasks, comparisons, adjusted[: len(tasks)], strict=True)
     ]
     header = ["task", "seeds", "difference", "95 % interval (BCa)", "p, sign flips", "p, Holm", "verdict at 5 %"]
     return (
@@ -127,14 +136,16 @@ def _primary(results):
     )
 
 
-def _compare(results, task, arm, mode, split, measure):
-    return compare(*(results.values(task, a, mode, split, measure) for a in (arm, BASELINE)))
+def _compare(results, task, arm, baseline, mode, split, measure):
+    return compare(*(results.values(task, a, mode, split, measure) for a in (arm, baseline)))
 
 
-def _verdict(comparison, p, lower_is_better=True):
-    if p >= 0.05:
-        return "no difference shown"
-    return "better" if (comparison.mean < 0) == lower_is_better else "worse"
+def _verdict(comparison, p):
+    """Of an NLL. With n seeds no p of a sign-flip test is less than 2 / 2^n, and Holm takes it times the tests."""
+    if p < LEVEL:
+        return "better" if comparison.mean < 0 else "worse"
+    few = len(REPORTED) * 2.0 ** (1 - comparison.seeds) >= LEVEL
+    return "too few seeds to show one" if few else "no difference shown"
 
 
 def _measures(results, task):
@@ -156,51 +167,59 @@ def _measures(results, task):
 def _title(mode, split, measure):
     if measure == "gap":
         return "train - test %"
-    return f"{split} {measure}{' %' if measure in PERCENT else ''}, {MODES[mode]}"
+    name = "accuracy (or the task's metric)" if measure == "metric" else measure
+    return f"{split} {name}{' %' if measure in (*PERCENT, 'metric') else ''}, {MODES[mode]}"
 
 
 def _cell(values, measure):
-    scale, digits = (100, 1) if measure in (*PERCENT, "gap") else (1, 3)
+    scale, digits = (100, 1) if measure in PERCENT else (1, 3)
     return f"{scale * st.mean(values):.{digits}f} ± {scale * st.stdev(values):.{digits}f}"
 
 
 def _costs(results, task):
-    header = ["cost", "parameters", "bytes kept for backward of a batch", "step, ms (median over seeds)"]
+    memory = ["peak memory, bytes"] if results.on_gpu else []
+    header = ["cost", "parameters", "bytes kept for backward of a batch", *memory, "step, ms (median over seeds)"]
     rows = []
     for arm in arms_for(TASKS[task]):
         found = [results.runs[task, arm][seed] for seed in results.seeds[task]]
-        saved, step = st.median(r["saved_bytes"] for r in found), st.median(r["step_ms"] for r in found)
-        rows.append([arm, f"{found[0]['parameters']:,}", f"{saved:,.0f}", f"{step:.1f}"])
-    return markdown(header, rows)
+        names = "saved_bytes", *(["peak_bytes"] if results.on_gpu else [])
+        numbers = [f"{st.median(r[name] for r in found):,.0f}" for name in names]
+        rows.append([arm, f"{found[0]['parameters']:,}", *numbers, f"{st.median(r['step_ms'] for r in found):.1f}"])
+    caveat = "" if results.on_gpu else "Steps were timed on a shared CPU, other runs beside them: only a hint.\n\n"
+    return caveat + markdown(header, rows)
+
+
+def _attributions(results):
+    """What noise and KL add, each taken away alone: arm minus arm."""
+    for measure in "nll", "metric":
+        pairs = [(f"{arm} - {other}: {what}", arm, other) for arm, other, what in ATTRIBUTIONS]
+        yield _difference_table(results, results.tasks, pairs, "mean", "test", measure)
 
 
 def _differences(results):
     """A table for each measure: every arm, Holm over the tasks that have it."""
-    for split in ("test", "ood"):
+    pairs = [(arm, arm, BASELINE) for arm in ARMS if arm != BASELINE]
+    columns = [(mode, split, m) for split in ("test", "ood") for m in ("metric", "nll", "ece") for mode in MODES]
+    for mode, split, measure in [*columns, ("mean", "test", "gap"), *((mode, "oos", "auroc") for mode in MODES)]:
         tasks = [task for task in results.tasks if results.has(task, split)]
-        for measure in ("accuracy", "nll", "ece") if tasks else ():
-            for mode in MODES:
-                yield _difference_table(results, tasks, mode, split, measure)
+        if tasks:
+            yield _difference_table(results, tasks, pairs, mode, split, measure)
 
 
-def _difference_table(results, tasks, mode, split, measure):
-    scale, digits = (100, 2) if measure in PERCENT else (1, 4)
+def _difference_table(results, tasks, pairs, mode, split, measure):
+    """`pairs`: (name of the row, arm, what it is compared with)."""
+    scale, digits = (100, 2) if measure in (*PERCENT, "metric") else (1, 4)
     rows = []
-    for arm in ARMS:
-        own = [task for task in tasks if arm != BASELINE and arm in arms_for(TASKS[task])]
+    for name, arm, other in pairs:
+        own = [task for task in tasks if {arm, other} <= set(arms_for(TASKS[task]))]
         if not own:
             continue
-        comparisons = {task: _compare(results, task, arm, mode, split, measure) for task in own}
-        adjusted = dict(zip(own, holm([c.p for c in comparisons.values()]), strict=True))
-        cells = []
-        for task in tasks:
-            if task not in own:
-                cells.append("-")
-                continue
-            mean, low, high = (scale * v for v in comparisons[task][:3])
-            mark = " *" if adjusted[task] < 0.05 else ""
-            cells.append(f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){mark}")
-        rows.append([arm, *cells])
+        comparisons = [_compare(results, task, arm, other, mode, split, measure) for task in own]
+        cells = dict.fromkeys(tasks, "-")
+        for task, c, p in zip(own, comparisons, holm([c.p for c in comparisons]), strict=True):
+            mean, low, high = (scale * v for v in c[:3])
+            mark = " *" if p < LEVEL else ""
+            cells[task] = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}), p {p:.3f}{mark}"
+        rows.append([name, *cells.values()])
     note = " (lower is better)" if measure in LOWER_IS_BETTER else ""
-    header = [f"{_title(mode, split, measure)}{note}; * p < 0.05, Holm over tasks", *tasks]
-    return markdown(header, rows)
+    return markdown([f"{_title(mode, split, measure)}{note}; p: Holm over tasks, * < {LEVEL}", *tasks], rows)
