@@ -772,6 +772,11 @@ def test_numbers_of_the_report_by_hand(tmp_path):
     outside = values("sst2", "l2_sp", "mc", "ood", "nll")
     assert cells["ood nll, Monte Carlo"] == f"{outside.mean():.3f} ± {outside.std(ddof=1):.3f}"
 
+    _, rows = rows_of(text, "accuracy %, NLL; mean over seeds")
+    accuracy, nll = (values("sst2", "l2_sp", "mean", "ood", measure).mean() for measure in ("accuracy", "nll"))
+    assert rows["l2_sp"]["sst2, out of domain"] == f"{100 * accuracy:.1f}, {nll:.3f}"
+    assert rows["mixout"]["fsdd"] == "-"
+
     differences = text[text.index("## Differences to") :]
     for title, mode, split in (("ood nll, means", "mean", "ood"), ("test nll, Monte Carlo", "mc", "test")):
         header, rows = rows_of(differences, title)

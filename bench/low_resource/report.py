@@ -61,7 +61,7 @@ def report(lines, folder):
     results = Results(lines)
     parts = ["# Low-resource study", _about(results)]
     if results.tasks:
-        parts.append(_primary(results))
+        parts += [_primary(results), "## In short", _in_short(results)]
         draw(results, folder)
         parts.append("\n".join(f"![{name}]({name}.png)" for name in PICTURES))
         parts += ["## What makes a difference", *_attributions(results)]
@@ -146,6 +146,22 @@ def _verdict(comparison, p):
         return "better" if comparison.mean < 0 else "worse"
     few = len(REPORTED) * 2.0 ** (1 - comparison.seeds) >= LEVEL
     return "too few seeds to show one" if few else "no difference shown"
+
+
+def _in_short(results):
+    """The README's table: what the arms reach at the posterior means."""
+    columns = [(t, split) for t in results.tasks for split in ("test", "ood") if results.has(t, split)]
+    titles = [t if split == "test" else f"{t}, out of domain" for t, split in columns]
+    rows = []
+    for arm in ARMS:
+        cells = ["-"] * len(columns)
+        for i, (task, split) in enumerate(columns):
+            if arm in arms_for(TASKS[task]):
+                metric, nll = (st.mean(results.values(task, arm, "mean", split, m)) for m in ("metric", "nll"))
+                cells[i] = f"{100 * metric:.1f}, {nll:.3f}"
+        if any(cell != "-" for cell in cells):
+            rows.append([arm, *cells])
+    return markdown(["accuracy %, NLL; mean over seeds", *titles], rows)
 
 
 def _measures(results, task):
