@@ -492,7 +492,9 @@ def test_means_of_norms_learn_at_their_own_rate(name, deviations, model_folder):
     assert len(affine) == 2 * 5
     assert (groups["affine"]["lr"], groups["affine"]["weight_decay"]) == (5e-3, 0.0)
     assert groups["decay"]["lr"] == groups["no_decay"]["lr"] == 5e-5
-    assert len(groups.get("rho", {"params": []})["params"]) == deviations
+    rho = groups.get("rho", {"params": [], "lr": arms.RHO_LR})
+    assert len(rho["params"]) == deviations
+    assert rho["lr"] == 1e-2
     everything = [p for group in groups.values() for p in group["params"]]
     assert sorted(map(id, everything)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
