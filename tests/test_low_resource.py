@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import types
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -829,6 +830,13 @@ def test_report_mixes_no_configurations(change, tmp_path):
     other = dict(lines[0], config={**lines[0]["config"], **change, "seed": 99})
     with pytest.raises(ValueError, match=r"trec, layer_norm.*several models, sizes or settings.*--output"):
         report_module.report([*lines, other], tmp_path)
+
+
+def test_the_table_of_readme_is_that_of_the_lines_and_the_report():
+    table = report_module._in_short(report_module.Results(command.read_lines(command.OUTPUT)))
+    assert len(table.splitlines()) > 5
+    assert table in (command.OUTPUT / "report.md").read_text(encoding="utf-8")
+    assert table in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_report_ranks_the_trials_over_the_seeds_that_all_settings_have(tmp_path):
