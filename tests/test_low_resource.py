@@ -1,11 +1,13 @@
 """The low-resource study: its arms and data, paired runs, statistics, and a whole run of a tiny model."""
 
 import contextlib
+import gc
 import gzip
 import itertools
 import json
 import sys
 import types
+import weakref
 from pathlib import Path
 from statistics import NormalDist
 
@@ -145,6 +147,28 @@ def test_two_processes_give_the_lines_of_one(model_folder, data_folder, tmp_path
         for jobs in (1, 2)
     )
     assert one == two
+
+
+def test_a_run_leaves_no_model_behind(model_folder, data_folder, tmp_path, monkeypatch):
+    left, make = [], training.make_classifier
+
+    def noted(*args):
+        model = make(*args)
+        left.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(training, "make_classifier", noted)
+    gc.disable()
+    try:
+        configs = [
+            plan.configuration("report", TREC, arm, 0, arms.ARMS[arm].GRID[0], SIZES._replace(model=model_folder))
+            for arm in arms.ARMS
+        ]
+        command.execute(configs, tmp_path, data_folder, "cpu", 1, float("inf"))
+    finally:
+        gc.enable()
+    assert len(left) == len(configs)
+    assert not any(ref() is not None for ref in left)
 
 
 def test_half_a_line_of_a_run_that_was_killed_is_left_out_and_written_again(model_folder, data_folder, tmp_path):
@@ -820,6 +844,10 @@ def test_peak_memory_is_told_where_it_is_an_arm_s_own(tmp_path):
 def test_report_counts_whole_seeds_only(tmp_path):
     lines = list(made_up_lines(seeds=4, tasks=("trec",)))[:-1]
     assert "| trec | 3 |" in report_module.report(lines, tmp_path)
+    without = [line for line in lines if line["config"]["arm"] != "kl_affine"]
+    text = report_module.report(without, tmp_path)  # of an arm that is not begun nothing is told
+    assert "| trec | 3 |" in text
+    assert "kl_affine" not in text
     few = list(made_up_lines(seeds=2, tasks=("trec",)))
     assert "trec 2. **Fewer than three" in report_module.report(few, tmp_path)
 

@@ -1,7 +1,7 @@
 """Pictures of the study: differences to LayerNorm, posteriors by layer, calibration."""
 
 from .data import TASKS
-from .plan import BASELINE, PRIMARY, arms_for
+from .plan import BASELINE, PRIMARY
 from .statistics import compare
 
 DPI = 110
@@ -29,7 +29,7 @@ def _differences(pyplot, results):
         len(results.tasks), len(columns), figsize=(15, 3.6 * len(results.tasks)), squeeze=False, layout="constrained"
     )
     for line, task in zip(axes, results.tasks, strict=True):
-        arms = [arm for arm in arms_for(TASKS[task]) if arm != BASELINE]
+        arms = [arm for arm in results.arms[task] if arm != BASELINE]
         for axis, (measure, split) in zip(line, columns, strict=True):
             if not results.has(task, split):
                 axis.set_axis_off()
@@ -59,7 +59,7 @@ def _posteriors(pyplot, results):
     )
     for axis, task in zip(axes[0], results.tasks, strict=True):
         for arm, color in POSTERIORS.items():
-            if arm not in arms_for(TASKS[task]):
+            if arm not in results.arms[task]:
                 continue
             layers = [results.runs[task, arm][seed]["layers"] for seed in results.seeds[task]]
             for part, style, name in ((0, "-", "scale"), (1, "--", "shift")):

@@ -17,7 +17,10 @@ MODES = {"mean": "means", "mc": "Monte Carlo"}
 
 
 class Results:
-    """The reporting runs by (task, arm): {seed: result}; a task has the seeds that all of its arms have."""
+    """The reporting runs by (task, arm): {seed: result}.
+
+    A task has the arms that were begun, all of them after its first seed, and the seeds that all of those have.
+    """
 
     def __init__(self, lines):
         lines = {key(line["config"]): line for line in lines if line["config"]["stage"] == "report"}.values()
@@ -34,9 +37,10 @@ class Results:
             self.runs[task, arm][config["seed"]] = line["result"]
         self.on_gpu = not any(line["environment"]["device"].startswith("CPU") for line in lines)
         self.environments = sorted({json_line(line["environment"]) for line in lines})
+        self.arms = {name: [a for a in arms_for(task) if (name, a) in self.settings] for name, task in TASKS.items()}
         self.seeds = {
-            name: sorted(set.intersection(*(set(self.runs[name, arm]) for arm in arms_for(task))))
-            for name, task in TASKS.items()
+            name: sorted(set.intersection(*(set(self.runs[name, arm]) for arm in arms))) if arms else []
+            for name, arms in self.arms.items()
         }
         self.tasks = [name for name, seeds in self.seeds.items() if len(seeds) >= 3]
 
@@ -156,7 +160,7 @@ def _in_short(results):
     for arm in ARMS:
         cells = ["-"] * len(columns)
         for i, (task, split) in enumerate(columns):
-            if arm in arms_for(TASKS[task]):
+            if arm in results.arms[task]:
                 metric, nll = (st.mean(results.values(task, arm, "mean", split, m)) for m in ("metric", "nll"))
                 cells[i] = f"{100 * metric:.1f}, {nll:.3f}"
         if any(cell != "-" for cell in cells):
@@ -173,7 +177,7 @@ def _measures(results, task):
         columns += [(mode, "oos", "auroc") for mode in MODES]
     header = ["mean ± deviation over the seeds", *(_title(*column) for column in columns), f"worst seed, test {metric}"]
     rows = []
-    for arm in arms_for(TASKS[task]):
+    for arm in results.arms[task]:
         cells = [_cell(results.values(task, arm, *column), column[2]) for column in columns]
         worst = min(results.values(task, arm, "mean", "test", metric))
         rows.append([arm, *cells, f"{100 * worst:.1f}"])
@@ -196,7 +200,7 @@ def _costs(results, task):
     memory = ["peak memory, bytes"] if results.on_gpu else []
     header = ["cost", "parameters", "bytes kept for backward of a batch", *memory, "step, ms (median over seeds)"]
     rows = []
-    for arm in arms_for(TASKS[task]):
+    for arm in results.arms[task]:
         found = [results.runs[task, arm][seed] for seed in results.seeds[task]]
         names = "saved_bytes", *(["peak_bytes"] if results.on_gpu else [])
         numbers = [f"{st.median(r[name] for r in found):,.0f}" for name in names]
@@ -227,7 +231,7 @@ def _difference_table(results, tasks, pairs, mode, split, measure):
     scale, digits = (100, 2) if measure in (*PERCENT, "metric") else (1, 4)
     rows = []
     for name, arm, other in pairs:
-        own = [task for task in tasks if {arm, other} <= set(arms_for(TASKS[task]))]
+        own = [task for task in tasks if {arm, other} <= set(results.arms[task])]
         if not own:
             continue
         comparisons = [_compare(results, task, arm, other, mode, split, measure) for task in own]
