@@ -143,9 +143,9 @@ def saved_bytes(layer, inputs):
     saved = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = tensor  # held, so that no address is given out twice
-        return tensor
+        kept = tensor.detach()  # an output that its own node holds would keep the whole graph, and the model, for ever
+        saved[kept.untyped_storage().data_ptr()] = kept  # held, so that no address is given out twice
+        return kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = layer.forward(*inputs)

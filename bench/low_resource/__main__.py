@@ -5,7 +5,6 @@ of JSON a run to lines.jsonl in the output folder and leave out what is there al
 """
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
@@ -59,13 +58,6 @@ def _cut_unfinished(path):
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def _run(config, data, device):
-    """A run that leaves nothing behind: its model is part of cycles, which Python would free gigabytes later."""
-    result = run(config, data, device)
-    gc.collect()
-    return result
-
-
 def _results(configs, data, device, jobs, deadline):
     """(configuration, result) as they finish; none begins that would probably end after the deadline."""
     if jobs == 1:
@@ -73,7 +65,7 @@ def _results(configs, data, device, jobs, deadline):
         for config in configs:
             start = time.monotonic()
             if start + longest < deadline:
-                yield config, _run(config, data, device)
+                yield config, run(config, data, device)
                 longest = max(longest, time.monotonic() - start)
         return
     context = multiprocessing.get_context("spawn")
@@ -81,7 +73,7 @@ def _results(configs, data, device, jobs, deadline):
         queue, running, longest = iter(configs), {}, 0.0
         while True:
             while len(running) < jobs and time.monotonic() + longest < deadline and (config := next(queue, None)):
-                running[pool.submit(_run, config, data, device)] = config, time.monotonic()
+                running[pool.submit(run, config, data, device)] = config, time.monotonic()
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
