@@ -47,7 +47,7 @@ def _differences(pyplot, results):
             axis.set_yticks(range(len(arms)), arms)
             axis.invert_yaxis()
             better, name = ("left", measure) if measure == "nll" else ("right", TASKS[task].metric)
-            axis.set_title(f"{task}, {split}: {name} minus {BASELINE}'s (better: {better})", fontsize=9)
+            axis.set_title(f"{task}, {split}: {name} - {BASELINE}'s (better: {better})", fontsize=8)
     axes[0][0].legend(fontsize=8)
     return figure
 
