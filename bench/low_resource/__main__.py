@@ -104,6 +104,9 @@ def main(arguments=None):
         return 0
     if (args.data is None) != args.hub:
         parser.error("give either --data DIR or --hub: where the examples are")
+    spoken = [name for name in args.tasks if TASKS[name].speech]
+    if args.hub and spoken:
+        parser.error(f"tasks hold {', '.join(spoken)}, which is not on the hub. Remedy: --data DIR, or other --tasks")
     data = "hub" if args.hub else args.data
     sizes = plan.Sizes(args.model, args.steps, args.train, args.test, args.samples, args.hub)
     try:

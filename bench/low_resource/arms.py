@@ -53,8 +53,9 @@ class LayerNorm:
             return groups
         norms = [m for m in self.model.encoder.modules() if isinstance(m, (nn.LayerNorm, klnorm.KLLayerNorm))]
         affine = [p for norm in norms for p in (norm.weight, norm.bias)]
+        special = set(affine)
         for group in groups:
-            group["params"] = [p for p in group["params"] if not any(p is a for a in affine)]
+            group["params"] = [p for p in group["params"] if p not in special]
         return [*groups, {"name": "affine", "params": affine, "lr": self.settings["affine_lr"], "weight_decay": 0.0}]
 
     def training_mode(self):

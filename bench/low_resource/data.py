@@ -16,12 +16,25 @@ MAX_TOKENS = 40
 DEV_PER_TASK = 300  # of the training file, never trained on by anyone: what settings are chosen by
 
 
-class Hub(NamedTuple):
-    """Where the `datasets` library finds a task: arguments of load_dataset, our split -> theirs, columns."""
+class Source(NamedTuple):
+    """Where the `datasets` library finds a split: arguments of load_dataset, their split, our column -> theirs.
+
+    `outside`: name of their class of what is out of scope, which is no class of ours.
+    """
 
     name: tuple
-    splits: dict
+    split: str
     columns: dict
+    outside: str | None = None
+
+
+def _hub(*name, train="train", test="test", outside=None, ood=None, text="text", label="label", text_b=None):
+    """{our split: Source} of a task whose splits lie in one place, `ood`'s excepted."""
+    columns = {"text": text, **({"text_b": text_b} if text_b else {}), "label": label}
+    found = {ours: Source(name, theirs, columns, outside) for ours, theirs in (("train", train), ("test", test))}
+    if outside:
+        found["oos"] = found["test"]
+    return {**found, **({"ood": ood} if ood else {})}
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class Task:
     """A task of the study.
 
     `train` examples are drawn by the seed, equally many of each class. `files`: our split -> name of the file of the
-    data folder; "oos" has no labels. `metric`: "accuracy" or "mcc".
+    data folder; "oos" has no labels. `metric`: "accuracy" or "mcc". `hub`: our split -> Source, where the hub has it.
     """
 
     name: str
@@ -40,7 +53,7 @@ class Task:
     base_lr: float
     files: dict = field(default_factory=dict)
     metric: str = "accuracy"
-    hub: Hub | None = None
+    hub: dict | None = None
 
     @property
     def speech(self):
@@ -55,41 +68,25 @@ def _text(name, classes, train, batch=8, metric="accuracy", ood=None, test="test
 TASKS = {
     task.name: task
     for task in (
-        _text(
-            "trec", 6, 96,
-            hub=Hub(("CogComp/trec",), {"train": "train", "test": "test"}, {"text": "text", "label": "coarse_label"}),
-        ),
+        _text("trec", 6, 96, hub=_hub("CogComp/trec", label="coarse_label")),
         _text(
             "sst2", 2, 100, ood="sst2.ood",
-            hub=Hub(
-                ("nyu-mll/glue", "sst2"), {"train": "train", "test": "validation"},
-                {"text": "sentence", "label": "label"},
+            hub=_hub(
+                "nyu-mll/glue", "sst2", test="validation", text="sentence",
+                ood=Source(("SetFit/CR",), "test", {"text": "text", "label": "label"}),
             ),
         ),
         Task("fsdd", 10, 100, 16, 400, 5e-4),
-        _text(
-            "sick", 3, 99,
-            hub=Hub(
-                ("RobZamp/sick",), {"train": "train", "test": "test"},
-                {"text": "sentence_A", "text_b": "sentence_B", "label": "label"},
-            ),
-        ),
+        _text("sick", 3, 99, hub=_hub("RobZamp/sick", text="sentence_A", text_b="sentence_B")),
+        # The hub's validation set is in and out of domain at once, so that there is no "ood" there.
         _text(
             "cola", 2, 100, metric="mcc", test="dev", ood="cola.ood",
-            hub=Hub(
-                ("nyu-mll/glue", "cola"), {"train": "train", "test": "validation"},
-                {"text": "sentence", "label": "label"},
-            ),
+            hub=_hub("nyu-mll/glue", "cola", test="validation", text="sentence"),
         ),
-        _text(
-            "banking77", 77, 308, batch=16,
-            hub=Hub(("PolyAI/banking77",), {"train": "train", "test": "test"}, {"text": "text", "label": "label"}),
-        ),
+        _text("banking77", 77, 308, batch=16, hub=_hub("PolyAI/banking77")),
         _text(
             "clinc150", 150, 300, batch=16, oos="clinc150.oos",
-            hub=Hub(
-                ("clinc/clinc_oos", "small"), {"train": "train", "test": "test"}, {"text": "text", "label": "intent"}
-            ),
+            hub=_hub("clinc/clinc_oos", "small", label="intent", outside="oos"),
         ),
     )
 }  # fmt: skip
@@ -154,17 +151,18 @@ def splits_of(task, seed, source, tokenizer, train, test):
     """{"train", "dev", "test"[, "ood", "oos"]: Split} of a seed.
 
     `train` examples, about; at most `test` examples in each of the test sets. Development examples are the same for
-    every seed and are not trained on by any. `source`: see `text_rows` and `speech_recordings`.
+    every seed of a text task and are not trained on by any. `source`: see `text_rows` and `speech_recordings`.
     """
     if task.speech:
         return _speech_splits(task, seed, source, train, test)
-    encoded = {name: _encode(task.name, name, source, tokenizer) for name in task.files}
+    names = task.hub if source == "hub" else task.files
+    encoded = {name: _encode(task.name, name, source, tokenizer) for name in names}
     dev = subset(len(encoded["train"]), DEV_PER_TASK)
     rest = torch.ones(len(encoded["train"]), dtype=torch.bool)
     rest[dev] = False
     pool = encoded["train"].take(rest.nonzero().flatten())
     found = {"train": pool.take(balanced(pool.labels, task.classes, train, seed)), "dev": encoded["train"].take(dev)}
-    for name in task.files:
+    for name in names:
         if name != "train":
             found[name] = encoded[name].take(subset(len(encoded[name]), test))
     found["dev"] = found["dev"].take(range(min(test, len(dev))))
@@ -186,13 +184,19 @@ def text_rows(task, split, source):
 
 
 def _hub_rows(task, split):
-    if split not in task.hub.splits:
+    if split not in task.hub:
         raise ValueError(f"{task.name} has no split {split!r} on the hub. Remedy: --data DIR, which has it.")
     from datasets import load_dataset
 
-    columns = task.hub.columns
-    rows = load_dataset(*task.hub.name, split=task.hub.splits[split])
-    return [{ours: row[theirs] for ours, theirs in columns.items()} for row in rows]
+    name, theirs, columns, outside = task.hub[split]
+    found = load_dataset(*name, split=theirs)
+    rows = [{ours: row[column] for ours, column in columns.items()} for row in found]
+    if outside is None:
+        return rows
+    place = found.features[columns["label"]].names.index(outside)
+    if split == "oos":
+        return [{**row, "label": -1} for row in rows if row["label"] == place]
+    return [{**row, "label": row["label"] - (row["label"] > place)} for row in rows if row["label"] != place]
 
 
 @cache

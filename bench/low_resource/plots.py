@@ -66,6 +66,7 @@ def _posteriors(pyplot, results):
                 means = [sum(run[layer][part] for run in layers) / len(layers) for layer in layers[0]]
                 axis.plot(means, style, color=color, marker="o", markersize=3, label=f"{arm}, {name}")
         axis.set_yscale("log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("norm, in the order of the model")
         axis.set_title(task)
         axis.legend(fontsize=8)

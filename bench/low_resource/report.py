@@ -68,7 +68,7 @@ def report(lines, folder):
         parts += [_primary(results), "## In short", _in_short(results)]
         draw(results, folder)
         parts.append("\n".join(f"![{name}]({name}.png)" for name in PICTURES))
-        parts += ["## What makes a difference", *_attributions(results)]
+        parts += ["## What makes a difference", *_attributions(results), "## Posteriors", _posteriors(results)]
     for task in results.tasks:
         parts += [f"## {task}", _measures(results, task), _costs(results, task)]
     parts += [f"## Differences to {BASELINE}, paired by seed", *_differences(results)] if results.tasks else []
@@ -214,6 +214,23 @@ def _attributions(results):
     for measure in "nll", "metric":
         pairs = [(f"{arm} - {other}: {what}", arm, other) for arm, other, what in ATTRIBUTIONS]
         yield _difference_table(results, results.tasks, pairs, "mean", "test", measure)
+
+
+def _posteriors(results):
+    """How far posteriors are from their priors; of the arms that have some."""
+    rows = [[arm, *(_posterior(results, task, arm) for task in results.tasks)] for arm in ARMS]
+    header = "largest |mean - prior mean| / deviation (median of a layer), KL of a layer in nats; mean over seeds"
+    return markdown([header, *results.tasks], [row for row in rows if set(row[1:]) != {"-"}])
+
+
+def _posterior(results, task, arm):
+    if arm not in results.arms[task]:
+        return "-"
+    runs = [results.runs[task, arm][seed]["layers"].values() for seed in results.seeds[task]]
+    if not all(runs):
+        return "-"
+    distance = st.mean(max(max(scale, shift) for scale, shift, _ in run) for run in runs)
+    return f"{distance:.3f}, {st.mean(st.mean(kl for *_, kl in run) for run in runs):.2f}"
 
 
 def _differences(results):
