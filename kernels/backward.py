@@ -249,6 +249,8 @@ def backward_kernel(
                 xhat, dxhat, rstd, along_one / N, along_xhat / N, dsum_ptr, dx_ptr, dresidual_ptr,
                 row, cols, (position < last) & (cols < N), dsum_stride, RMS, N, VEC,
             )  # fmt: skip
+        if HALVES:
+            tl.debug_barrier()  # no thread still loads the parameters from the slots that are written next
         _store_sums(
             own_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, 0, cols, draw == first_draw,
             NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,

@@ -161,7 +161,7 @@ def backward(
         if plan.rows is not None:
             inputs = *operands, parameters[0], parameters[2], parameters[3], seed, mean, rstd
             plan.rows.launch(inputs, (dx, dresidual, partial, *row_sums))
-        plan.finalize.launch((partial, *parameters, seed, dkl), gradients)
+        plan.finalize.launch((partial, *parameters, seed, *_contiguous(dkl)), gradients)
     return dx, dresidual, *gradients
 
 
@@ -272,8 +272,8 @@ def _access(n_cols, *operands):
     return vec, tuple([stride // vec for stride in strides])
 
 
-def _contiguous(*parameters):
-    return [None if p is None else p.contiguous() for p in parameters]
+def _contiguous(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _multiprocessors(device):

@@ -101,10 +101,15 @@ _has_storage = getattr(torch._C, "_has_storage", lambda tensor: False)
 def _is_plain(x, args):
     """Whether torch's dispatcher, which costs more than all else here, would only pass a call of an operator on.
 
-    Tracing, transforms, dispatch modes, subclasses of tensors and the meta device have to see the operator.
+    Tracing, transforms, dispatch modes, subclasses of tensors and the meta device have to see the operator. So have
+    tensors whose memory holds the negative of their values, which the dispatcher turns into plain ones.
     """
     seen = torch.compiler.is_compiling() or _transforms_active() or _active_modes() or x.is_meta
-    return not seen and _PLAIN.issuperset(map(type, args))
+    return not seen and _PLAIN.issuperset(map(type, args)) and not any(map(_is_negative, args))
+
+
+def _is_negative(arg):
+    return isinstance(arg, torch.Tensor) and arg.is_neg()
 
 
 def _forward(*args):

@@ -39,6 +39,15 @@ def _poisoned_and_deterministic():
 
 
 @pytest.fixture
+def kernels_path(monkeypatch):
+    """CPU tensors take the way of CUDA tensors, to the kernels."""
+    from klnorm import launch, ops
+
+    monkeypatch.setattr(ops, "_compute_forward", launch.forward)
+    monkeypatch.setattr(ops, "_compute_backward", launch.backward)
+
+
+@pytest.fixture
 def no_gpu(monkeypatch):
     """Without a GPU, whatever the machine has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
