@@ -5,6 +5,7 @@ Without a GPU the kernels run on CPU tensors in Triton's interpreter; `--device 
 
 import os
 import subprocess
+import sys
 import sysconfig
 
 import pytest
@@ -13,14 +14,30 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the kernels run (default: cpu)")
+    parser.addoption("--in-process", action="store_true", help="run tests marked own_process in this process")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "own_process: run the test in a process of its own, which it may wreck")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic matmuls refuse to run on CUDA
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which no test module has done yet
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a CUDA GPU, and torch sees none")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test marked `own_process` by another pytest: a failed graph capture spoils torch's generator for good."""
+    config = pyfuncitem.config
+    if pyfuncitem.get_closest_marker("own_process") is None or config.getoption("--in-process"):
+        return None
+    options = ["--in-process", f"--device={config.getoption('--device')}", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, pyfuncitem.nodeid]
+    done = subprocess.run(command, cwd=config.rootpath, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"{pyfuncitem.name} ended with {done.returncode}:\n{done.stdout}{done.stderr}", pytrace=False)
+    return True
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +85,20 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def eager_seeds():
+    """Eager's random numbers in compiled checkpoints.
+
+    On CUDA torch gives those a generator of their own by default, seeded from the CPU's when first called.
+    """
+    config = torch._functorch.config
+    if not hasattr(config, "graphsafe_rng_functionalization"):  # older torch has no such generators
+        yield
+        return
+    with config.patch(graphsafe_rng_functionalization=False):
+        yield
 
 
 @pytest.fixture(scope="session")

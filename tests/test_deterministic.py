@@ -285,13 +285,14 @@ def test_sampling_a_model_that_cannot_is_refused():
         klnorm.mc_predict(model, torch.randn(2, N))
 
 
-def test_sharded_parameters_give_the_same_divergence():
+def test_sharded_parameters_give_the_same_divergence(device):
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    backend = "nccl" if device.type == "cuda" else "gloo"  # fully_shard moves parameters to a GPU that it sees
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         for kind in LAYERS:
-            layer = deterministic(kind)
+            layer = deterministic(kind, device)
             expected = expected_kl(layer)
             gradient = torch.autograd.grad(expected, layer.weight)[0]
             sharded = fully_shard(layer)

@@ -778,3 +778,19 @@ def test_thawed_parameters_receive_the_gradient(device):
     kl_divergence(layer).backward()
     assert torch.allclose(layer.weight.grad, torch.full((8,), 1 / 0.1**2, device=device))  # (2 - 1) / p^2
     assert y.requires_grad
+
+
+def test_a_finished_step_leaves_no_graph_at_the_parameters():
+    """Of a graph that lives, autograd keeps the parameters' node and its stream, which breaks a capture."""
+
+    def node():
+        return layer.weight.view_as(layer.weight).grad_fn.next_functions[0][0]
+
+    layer = klnorm.KLLayerNorm(6)
+    y = layer(torch.randn(3, 6))
+    kl = klnorm.kl_divergence(layer)
+    node().metadata["seen"] = True
+    assert "seen" in node().metadata
+    (y.sum() + kl).backward()
+    del y, kl
+    assert "seen" not in node().metadata
