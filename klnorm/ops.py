@@ -139,7 +139,9 @@ class KLNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dsum, dkl):
-        ctx.consumed = True  # tells klnorm.kl that this graph is spent
+        ctx.consumed = True
+        if ctx.last_kl is not None and (last_kl := ctx.last_kl()) is not None:
+            last_kl.release(ctx)
         gradients = _GradientsOnce.apply if torch.is_grad_enabled() else _gradients
         dx, dresidual, *rest = gradients(dy, dsum, dkl, *ctx.saved_tensors, *ctx.numbers)
         if ctx.has_residual:  # autograd casts dsum to the dtype of x
@@ -179,6 +181,7 @@ class TransformableFunction(KLNormFunction):
 def _save(ctx, inputs, sum_, mean, rstd):
     x, residual, *parameters, numbers = inputs
     weight_prior_value, bias_prior_value, prior_std, _, draws, inner, groups, rms = numbers
+    ctx.last_kl, ctx.consumed = None, False  # for klnorm.kl: who holds this graph, and whether it is spent
     ctx.has_residual = residual is not None
     ctx.save_for_backward(sum_ if ctx.has_residual else x, *parameters, None if rms else mean, rstd)
     ctx.numbers = weight_prior_value, bias_prior_value, prior_std, draws, inner, groups

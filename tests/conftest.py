@@ -64,6 +64,31 @@ def kernels_path(monkeypatch):
     monkeypatch.setattr(ops, "_compute_backward", launch.backward)
 
 
+class Event:
+    """A CUDA event of a GPU that is late as long as a test says so."""
+
+    late = False
+
+    def record(self, stream=None):
+        pass
+
+    def query(self):
+        return not Event.late
+
+
+@pytest.fixture
+def like_cuda(kernels_path, monkeypatch):
+    """CPU tensors take the way of CUDA tensors everywhere: nobody may wait for their values either."""
+    from klnorm import finite
+
+    monkeypatch.setattr(finite, "is_far", lambda tensor: True)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    monkeypatch.setattr(Event, "late", False)
+    return Event
+
+
 @pytest.fixture
 def no_gpu(monkeypatch):
     """Without a GPU, whatever the machine has."""

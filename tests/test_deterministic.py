@@ -77,11 +77,11 @@ def test_computes_the_plain_norm_and_draws_nothing(device, kind, training, dtype
 def test_divergence_is_that_of_the_reference_from_the_forward_and_in_closed_form(device, kind):
     layer = deterministic(kind, device, dtype=torch.float64)
     y = layer(torch.randn(3, N, device=device, dtype=torch.float64))
-    from_forward = layer._divergence()
+    from_forward = layer._take_kl()
     assert from_forward.grad_fn is y.grad_fn, "the KL is no by-product of the forward"
     gradients = torch.autograd.grad(from_forward, list(layer.parameters()))
     del y
-    closed, expected = layer._divergence(), expected_kl(layer)
+    closed, expected = layer.kl_divergence(), expected_kl(layer)
     assert closed.grad_fn is not from_forward.grad_fn
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if device.type == "cpu" else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(closed, expected, rtol=1e-14, atol=0)
