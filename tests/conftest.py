@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,17 +77,43 @@ class Event:
         return not Event.late
 
 
-@pytest.fixture
-def like_cuda(kernels_path, monkeypatch):
-    """CPU tensors take the way of CUDA tensors everywhere: nobody may wait for their values either."""
-    from klnorm import finite
+class PhiloxGenerator:
+    """What the host sees of a CUDA generator: a seed, and an offset that random operations move on."""
 
-    monkeypatch.setattr(finite, "is_far", lambda tensor: True)
-    if not torch.cuda.is_available():
+    def __init__(self, seed=0):
+        self.manual_seed(seed)
+
+    def manual_seed(self, seed):
+        self._seed, self._offset = seed, 0
+
+    def initial_seed(self):
+        return self._seed
+
+    def get_offset(self):
+        return self._offset
+
+    def set_offset(self, offset):
+        assert offset % 4 == 0
+        self._offset = offset
+
+
+@pytest.fixture
+def like_cuda(kernels_path, monkeypatch, device):
+    """CPU tensors take the way of CUDA tensors everywhere: nobody may wait for their values, or launch for a seed.
+
+    The event and the generator that they meet are attributes of what the fixture returns.
+    """
+    from klnorm import finite, seeds
+
+    generator = PhiloxGenerator()
+    if device.type == "cpu":
+        monkeypatch.setattr(finite, "is_far", lambda tensor: True)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+        monkeypatch.setattr(seeds, "known_to_host", lambda x: True)
+        monkeypatch.setattr(seeds, "default_generator", lambda device: generator)
     monkeypatch.setattr(Event, "late", False)
-    return Event
+    return SimpleNamespace(event=Event, generator=generator)
 
 
 @pytest.fixture

@@ -935,10 +935,10 @@ def test_the_layer_of_an_earlier_forward_is_named(device, like_cuda):
 
 def test_what_has_not_arrived_is_waited_for_by_nobody(device, like_cuda):
     model = broken(nn.Sequential(nn.Identity(), KLLayerNorm(4)).to(device))
-    like_cuda.late = True
+    like_cuda.event.late = True
     for _ in range(3):
         kl_divergence(model)
-    like_cuda.late = False
+    like_cuda.event.late = False
     with pytest.raises(ValueError, match="an earlier call found"):
         kl_divergence(model)
 
