@@ -38,9 +38,9 @@ def _tile_gradients(
     rstd = tl.load(rstd_ptr + row, row_mask, other=0.0)
     x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(rstd.dtype)
     dy = tl.load(tile_at(dy_ptr, row, dy_stride, cols, VEC), mask, other=0.0).to(rstd.dtype)
-    xhat = x * rstd
     if mean_ptr is not None:
-        xhat -= tl.load(mean_ptr + row, row_mask, other=0.0) * rstd  # with the product one fused multiply-add
+        x -= tl.load(mean_ptr + row, row_mask, other=0.0)
+    xhat = x * rstd  # not x * rstd - mean * rstd, one multiply-add, in which equal numbers do not cancel
     dxhat, u = dy * gamma, dy
     if NOISE == "merged":
         z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, BLOCK_N, FAST).to(rstd.dtype)
@@ -69,11 +69,16 @@ def _store_input_gradient(
     xhat, dxhat, rstd, along_one, along_xhat, dsum_ptr, dx_ptr, dresidual_ptr, row, cols, mask, dsum_stride,
     RMS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """rstd * (dxhat - along_one - xhat * along_xhat), two multiply-adds an element, plus the gradient of the sum."""
+    """rstd * (dxhat - along_one - xhat * along_xhat), two multiply-adds an element, plus the gradient of the sum.
+
+    A row of one feature has no gradient, which rounding in multiply-adds would not leave at 0.
+    """
     dx = dxhat * rstd
     if not RMS:
         dx -= along_one * rstd
     dx -= xhat * (along_xhat * rstd)
+    if N == 1 and not RMS:
+        dx = tl.zeros_like(dx)
     if dsum_ptr is not None:
         dx += tl.load(tile_at(dsum_ptr, row, dsum_stride, cols, VEC), mask, other=0.0).to(dx.dtype)
     tl.store(tile_at(dx_ptr, row, N // VEC, cols, VEC), dx.to(dx_ptr.dtype.element_ty), mask)

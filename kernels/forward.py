@@ -66,6 +66,29 @@ def _load_sum(
     return x
 
 
+@triton.jit
+def _load_first(
+    x_ptr, residual_ptr, sum_ptr, row, row_mask, x_stride, residual_stride, VEC: tl.constexpr, ACC: tl.constexpr
+):
+    """The first feature [rows, 1] of what `_load_sum` loads.
+
+    A mean is taken of distances from it: the mean of equal numbers is then that number, to the last bit, where their
+    sum would be rounded and 1 / sqrt(eps) make a thousand or a million times that error of it.
+    """
+    first = tl.load(x_ptr + row * x_stride * VEC, row_mask, other=0.0).to(ACC)
+    if residual_ptr is not None:
+        first += tl.load(residual_ptr + row * residual_stride * VEC, row_mask, other=0.0).to(ACC)
+        first = first.to(sum_ptr.dtype.element_ty).to(ACC)
+    return first
+
+
+@triton.jit
+def _rstd(squares, eps: tl.constexpr, N: tl.constexpr):
+    """1 / sqrt(squares / N + eps); 0 for a row without spread where eps is 0."""
+    variance = squares / N + eps
+    return tl.where(variance == 0.0, 0.0, 1.0 / tl.sqrt(variance))
+
+
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed,
@@ -115,9 +138,10 @@ def forward_kernel(
             x = _load_sum(x_ptr, residual_ptr, sum_ptr, row, cols, mask, x_stride, residual_stride, N, VEC, ACC)
             centred = x
             if mean_ptr is not None:
-                mean = tl.sum(x, axis=1, keep_dims=True) / N
+                origin = _load_first(x_ptr, residual_ptr, sum_ptr, row, row_mask, x_stride, residual_stride, VEC, ACC)
+                mean = origin + tl.sum(tl.where(col_mask, x - origin, 0.0), axis=1, keep_dims=True) / N
                 centred = tl.where(col_mask, x - mean, 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / N + eps)
+            rstd = _rstd(tl.sum(centred * centred, axis=1, keep_dims=True), eps, N)
             y = _affine(
                 centred * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, 0, NOISE, HAS_BIAS, BLOCK_N, FAST
             )
@@ -202,6 +226,9 @@ def _wide_statistics(
 ):  # fmt: skip
     """Mean and 1 / sqrt(var + eps) of wide rows [BLOCK_M, 1]: those of their pieces, merged (Chan et al., 1983)."""
     mean, squares = tl.zeros((BLOCK_M, 1), ACC), tl.zeros((BLOCK_M, 1), ACC)
+    origin = mean
+    if not RMS:
+        origin = _load_first(x_ptr, residual_ptr, sum_ptr, row, row_mask, x_stride, residual_stride, VEC, ACC)
     for first_col in tl.range(0, N, BLOCK_N, num_stages=STAGES):
         cols = first_col + tl.arange(0, BLOCK_N)[None, :]
         x = _load_sum(
@@ -211,10 +238,11 @@ def _wide_statistics(
             squares += tl.sum(x * x, axis=1, keep_dims=True)
         else:
             count = tl.minimum(N - first_col, BLOCK_N).to(ACC)
+            x = tl.where(cols < N, x - origin, 0.0)
             piece_mean = tl.sum(x, axis=1, keep_dims=True) / count
             centred = tl.where(cols < N, x - piece_mean, 0.0)
             shift = piece_mean - mean
             share = count / (first_col + count)
             squares += tl.sum(centred * centred, axis=1, keep_dims=True) + shift * shift * (first_col * share)
             mean += shift * share
-    return mean, 1.0 / tl.sqrt(squares / N + eps)
+    return origin + mean, _rstd(squares, eps, N)

@@ -74,7 +74,7 @@ class LayerNorms(Norms):
         return plain_type(module) is nn.LayerNorm or _is_equivalent(module) or _is_quantized(module)
 
     def check_arithmetic(self, name, module):
-        checks.check_positive("eps", module.eps)
+        checks.check_not_negative("eps", module.eps)
         trial = try_out(module, module.eps)
         expected = F.layer_norm(trial.x, trial.weight.shape, trial.weight, trial.bias, module.eps)
         self.check_class(name, module, trial.gave(expected))
@@ -106,7 +106,7 @@ class RMSNorms(Norms):
     def check_arithmetic(self, name, module):
         if type(module) is nn.RMSNorm:
             if module.eps is not None:
-                checks.check_positive("eps", module.eps)
+                checks.check_not_negative("eps", module.eps)
             return
         convention = foreign.convention(module)
         self.check_class(name, module, convention is not None)
@@ -114,7 +114,7 @@ class RMSNorms(Norms):
             what = f"is a {type(module).__name__} with names of its own that KL layers use ({', '.join(clashes)})"
             self.refuse(name, what, "rename them there")
         if (eps := getattr(module, convention.eps_name)) is not None:
-            checks.check_positive(convention.eps_name, eps)
+            checks.check_not_negative(convention.eps_name, eps)
 
     def convert(self, module):
         if type(module) is nn.RMSNorm:

@@ -20,7 +20,7 @@ _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", bool)
 def check_config(prior_std, eps, noise):
     """Raise unless these are a layer's valid settings."""
     check_positive("prior_std", prior_std)
-    check_positive("eps", eps)
+    check_not_negative("eps", eps)
     if noise not in NOISES:
         raise ValueError(
             f"noise is {noise!r}, expected one of {', '.join(map(repr, NOISES))}: the rows that share a draw."

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from .layout import first_draw, group_layout
-from .reference.kl_norm import FLOOR, TINY_RHO, accumulation_dtype, kl_deterministic, kl_normal
+from .reference.kl_norm import (
+    FLOOR,
+    TINY_RHO,
+    accumulation_dtype,
+    kl_deterministic,
+    kl_normal,
+    reciprocal_root,
+    row_mean,
+)  # fmt: skip
 from .reference.noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
 
 
@@ -49,9 +57,9 @@ def forward(
 
     rows = z.reshape(-1, weight.numel() // groups)
     all_rows = rows.to(acc).contiguous()
-    mean = None if rms else all_rows.mean(1)
+    mean = None if rms else row_mean(all_rows)[:, 0]
     centred = all_rows if rms else all_rows - mean[:, None]
-    rstd = torch.rsqrt((centred**2).mean(1) + eps)
+    rstd = reciprocal_root((centred**2).mean(1) + eps)
     parts = _parts(len(rows), groups, seed, draws, inner)
     xhat = centred * rstd[:, None]
     y = [_affine(xhat[part], *each) for part, *each in zip(parts[0], posteriors, parts[1], strict=True)]

@@ -60,7 +60,7 @@ def kl_layer_norm(
             deterministic reading.
         bias_prior: prior mean of the shift, likewise.
         prior_std: deviation of the prior, > 0.
-        eps: added to the variance, > 0.
+        eps: added to the variance, >= 0.
         noise: which rows share a draw of scale and shift: "batch" all of them, "sample" those of one index of
             `sample_dim`, "token" none.
         sample_dim: the dimension of `x` that counts samples; not a normalized one. Only for noise="sample".
@@ -125,7 +125,7 @@ def kl_rms_norm(
     2019, arXiv 1910.07467), without a shift; everything else as in `kl_layer_norm`.
 
     Args:
-        eps: added to the mean square, > 0; the machine epsilon of fp32 (fp64 for fp64 `x`) if None, as in nn.RMSNorm.
+        eps: added to the mean square, >= 0; the machine epsilon of fp32 (fp64 for fp64 `x`) if None, as in nn.RMSNorm.
         x, normalized_shape, weight, weight_rho, weight_prior, prior_std, noise, sample_dim, sample, seed, generator,
             posterior, residual: as for `kl_layer_norm`.
 

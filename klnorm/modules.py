@@ -17,7 +17,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
 
     Args:
         normalized_shape: int or sequence of ints, as for nn.LayerNorm.
-        eps: added to the variance, > 0.
+        eps: added to the variance, >= 0.
         elementwise_affine: must be True: the layer is about the scale and shift.
         bias: False leaves out the shift, `bias` and `bias_rho` are None then.
         device, dtype: of the parameters.
@@ -90,7 +90,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
 
     Args:
         normalized_shape: int or sequence of ints, as for nn.RMSNorm.
-        eps: added to the mean square, > 0; None as in nn.RMSNorm.
+        eps: added to the mean square, >= 0; None as in nn.RMSNorm.
         elementwise_affine: must be True: the layer is about the scale.
         device, dtype: of the parameters.
         noise, sample_dim, init_std, prior_std, generator: as for `KLLayerNorm`.

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from native import NativeCompilation
 
 
 def pytest_addoption(parser):
@@ -23,6 +24,7 @@ def pytest_configure(config):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic matmuls refuse to run on CUDA
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which no test module has done yet
+        config.pluginmanager.register(NativeCompilation())
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a CUDA GPU, and torch sees none")
 

@@ -61,7 +61,7 @@ def test_initial_state(device):
     ("options", "message"),
     [
         ({"elementwise_affine": False}, r"elementwise_affine is False, expected True.*Remedy: nn\.RMSNorm"),
-        ({"eps": 0.0}, r"eps is 0\.0, expected"),
+        ({"eps": -1e-6}, r"eps is -1e-06, expected a finite number of 0 or more"),
         ({"normalized_shape": 0}, "normalized_shape is 0"),
         ({"noise": "rows"}, "noise is 'rows'"),
         ({"posterior": "none"}, "posterior is 'none', expected one of 'sampled', 'deterministic'"),

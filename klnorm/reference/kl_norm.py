@@ -56,6 +56,22 @@ def kl_deterministic(weight, bias, bias_prior, prior_std):
     return -0.5 * (std**2 + FLOOR**2).log() + (std**2 + mean**2) / 2 - 0.5
 
 
+def row_mean(rows):
+    """Mean (M, 1) of every row, taken of the distances from its first feature.
+
+    The mean of equal numbers is then that number to the last bit. Their sum would be rounded, and 1 / sqrt(eps) would
+    make a thousand or a million times that error of it.
+    """
+    first = rows[:, :1].detach()  # no part of the derivative, which is 1 / N
+    return first + (rows - first).mean(1, keepdim=True)
+
+
+def reciprocal_root(variance):
+    """1 / sqrt(variance); 0 with derivative 0 for a row without spread where eps is 0, whose xhat is 0."""
+    spread = variance != 0
+    return torch.where(spread, torch.where(spread, variance, 1).rsqrt(), 0)
+
+
 def kl_layer_norm(
     x,
     normalized_shape,
@@ -98,8 +114,8 @@ def kl_layer_norm(
 
     z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype)
     rows = z.reshape(-1, n).to(acc)
-    centred = rows if rms else rows - rows.mean(1, keepdim=True)
-    xhat = centred / torch.sqrt((centred**2).mean(1, keepdim=True) + eps)
+    centred = rows if rms else rows - row_mean(rows)
+    xhat = centred * reciprocal_root((centred**2).mean(1, keepdim=True) + eps)
 
     row = torch.arange(len(rows), device=x.device)
     group = row // max(1, len(rows) // len(w))

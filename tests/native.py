@@ -1,0 +1,152 @@
+"""Whatever the tests launch in Triton's interpreter is compiled as well, for sm_90, by Triton's real compiler.
+
+The interpreter runs code that the compiler refuses. As a plugin of pytest this file records what `klnorm.launch`
+launches while the tests run. When they are done it compiles every kind of launch once, in processes of its own, and the
+session fails where one does not compile. As a program, `python tests/native.py FILE`, it compiles what was recorded.
+"""
+
+import importlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+CAPABILITY = 90
+ROOT = Path(__file__).parent.parent
+
+
+class Launch(NamedTuple):
+    """A launch without its tensors: of each argument that is one only its dtype is left, of an int its value."""
+
+    module: str
+    kernel: str
+    arguments: tuple
+    sizes: tuple
+    constants: dict
+    num_warps: int
+    num_ctas: int
+
+    @classmethod
+    def of(cls, call, tensors):
+        function = call.kernel.fn
+        constants = dict(call.constants)
+        if "FAST" in constants:  # the choice of a GPU's launch, which the interpreter's cannot make: it runs no PTX
+            constants["FAST"] = True
+        arguments = tuple(getattr(t, "dtype", t) for t in tensors)
+        return cls(
+            function.__module__, function.__name__, arguments, call.sizes, constants, call.num_warps, call.num_ctas
+        )
+
+    @property
+    def kind(self):
+        """What decides which code is compiled. Of the numbers among the constants only a width of 1 does."""
+        chosen = [(k, v) for k, v in sorted(self.constants.items()) if isinstance(v, (str, bool))]
+        constants = (*chosen, self.constants["N"] == 1)
+        arguments = tuple(int if isinstance(a, int) else a for a in self.arguments)
+        return self.module, self.kernel, arguments, tuple(size < 2**31 for size in self.sizes), constants
+
+    @property
+    def cost(self):
+        """Larger for what takes longer to compile."""
+        return sum(v for k, v in self.constants.items() if k.startswith("BLOCK"))
+
+    def __str__(self):
+        chosen = {k: v for k, v in self.constants.items() if isinstance(v, (str, bool)) or k.isupper()}
+        arguments = [str(a).removeprefix("torch.") for a in self.arguments]
+        return f"{self.kernel}({', '.join(arguments)}; {', '.join(f'{k}={v!r}' for k, v in chosen.items())})"
+
+
+class NativeCompilation:
+    """The plugin."""
+
+    def __init__(self):
+        self.launches = {}
+        self.report = None
+
+    def record(self, call, inputs, outputs):
+        launch = Launch.of(call, (*inputs, *outputs))
+        known = self.launches.setdefault(launch.kind, launch)
+        if launch.cost < known.cost:
+            self.launches[launch.kind] = launch
+
+    def pytest_sessionstart(self):
+        from klnorm import launch
+
+        run = launch.Call.launch
+
+        def recorded(call, inputs, outputs):
+            run(call, inputs, outputs)
+            self.record(call, inputs, outputs)
+
+        launch.Call.launch = recorded
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        """With pytest-xdist: a worker is done."""
+        for launch in pickle.loads(getattr(node, "workeroutput", {}).get("launches", pickle.dumps([]))):
+            self.launches.setdefault(launch.kind, launch)
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["launches"] = pickle.dumps(list(self.launches.values()))
+            return
+        begin = time.monotonic()
+        failures = compile_apart(self.launches.values())
+        self.report = f"{len(self.launches)} kinds of launches compiled for sm_90 in {time.monotonic() - begin:.0f} s"
+        if failures:
+            session.exitstatus = 1
+            self.report += f", {len(failures)} of them refused:\n\n" + "\n\n".join(failures)
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.launches:
+            terminalreporter.section("native compilation")
+            terminalreporter.line(self.report)
+
+
+def compile_apart(launches):
+    """Compile in a process without Triton's interpreter; a text for every launch that the compiler refuses."""
+    if not launches:
+        return []
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "launches"
+        file.write_bytes(pickle.dumps(list(launches)))
+        run = subprocess.run([sys.executable, __file__, file], capture_output=True, text=True, env=environment)
+    return json.loads(run.stdout) if run.returncode == 0 else [f"{run.stdout}{run.stderr}"]
+
+
+def refusal(launch):
+    """None if the launch compiles, else the compiler's words."""
+    import torch
+
+    from bench.inspect import compile_ahead
+    from klnorm.launch import Call
+
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    call = Call(kernel, (1, 1), launch.sizes, launch.constants, launch.num_warps, launch.num_ctas)
+    tensors = [torch.empty(0, dtype=a, device="meta") if isinstance(a, torch.dtype) else a for a in launch.arguments]
+    try:
+        compile_ahead(call, tensors, CAPABILITY)
+    except Exception as error:
+        return f"{launch}\n{type(error).__name__}: {error}"
+
+
+def main(file):
+    launches = pickle.loads(Path(file).read_bytes())
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        print(json.dumps([text for text in pool.map(refusal, launches) if text]))
+
+
+if __name__ == "__main__":
+    # Pickled launches belong to the module that recorded them, this one under its name.
+    sys.modules["native"] = sys.modules["__main__"]
+    main(sys.argv[1])
