@@ -13,9 +13,16 @@ from .targets import evaluate, is_target_case, lines, of_operation, speed_ratios
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="result file of bench.norms or bench.memory")
-    result = json.loads(parser.parse_args(arguments).result.read_text(encoding="utf-8"))
-    print(render_memory(result) if "saved_rest" in result["records"][0] else render(result))
+    parser.add_argument("result", type=Path, help="result file of bench.norms, bench.memory or bench.train_step")
+    parser.add_argument("--short", action="store_true", help="of bench.norms: LayerNorm alone, without the targets")
+    options = parser.parse_args(arguments)
+    result = json.loads(options.result.read_text(encoding="utf-8"))
+    if "saved_rest" in result["records"][0]:
+        print(render_memory(result))
+    elif "model" in result["records"][0]:
+        print(render_training(result))
+    else:
+        print(render(result, short=options.short))
     return 0
 
 
@@ -40,14 +47,25 @@ def _kept(records):
     return markdown([header, *(f"{noise} noise" for noise in noises)], rows)
 
 
-def render(result):
+def render_training(result):
+    """Markdown: where and when, a training step of every model in eager mode with every norm."""
+    records = [r for r in result["records"] if not r["compiled"]]
+    models, norms = (list(dict.fromkeys(r[key] for r in records)) for key in ("model", "norm"))
+    found = {(r["norm"], r["model"]): r["device_ms"] or r["wall_ms"] for r in records if r["why"] is None}
+    rows = [[norm, *(f"{found[norm, m]:.1f}" if (norm, m) in found else "" for m in models)] for norm in norms]
+    where = f"{describe(result['environment'])}, {result['environment']['time'][:10]}."
+    return f"{where}\n\n{markdown(['a training step, ms', *models], rows)}"
+
+
+def render(result, short=False):
     """Markdown: where and when, share of the copy bandwidth, speed-up over the contestants, targets."""
     parts = [
         f"{describe(result['environment'])}, {result['environment']['time'][:10]}. Device time, bf16 `x` beside fp32 "
         f"parameters, M x N >= 64 Mi; the copy bandwidth of the run is {result['copy_gbps']:.0f} GB/s."
     ]
     large = [r for r in result["records"] if r["status"] == "ok" and is_target_case(r)]
-    for operation in "layer_norm", *dict.fromkeys(operation_of(r) for r in large if operation_of(r) in FAMILY):
+    family = [] if short else dict.fromkeys(operation_of(r) for r in large if operation_of(r) in FAMILY)
+    for operation in "layer_norm", *family:
         records = of_operation(large, operation)
         what = "" if operation == "layer_norm" else f"{operation}, "
         for direction in "forward", "backward":
@@ -55,7 +73,8 @@ def render(result):
             parts.append(f"Share of the copy bandwidth, {what}{direction}:\n\n{shares}")
         speedups = _speedups(records, operation)
         parts.append(f"How many times faster, {what}forward and backward, batch noise with KL:\n\n{speedups}")
-    parts.append("```\n" + "\n".join(lines(evaluate(result))) + "\n```")
+    if not short:
+        parts.append("```\n" + "\n".join(lines(evaluate(result))) + "\n```")
     return "\n\n".join(parts)
 
 

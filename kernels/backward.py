@@ -197,7 +197,7 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def backward_kernel(
-    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed, mean_ptr, rstd_ptr,
     dx_ptr, dresidual_ptr, partial_ptr,
     x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
     group_rows, all_draws, all_inner,
@@ -212,7 +212,7 @@ def backward_kernel(
     cols = tl.arange(0, BLOCK_N)[None, :]
     own = in_group(cols, N, GROUPED)
     own_ptr = _own_slots(partial_ptr, N, SLOTS)
-    k0, k1 = load_key(seed_ptr)
+    k0, k1 = load_key(seed)
     group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_share, share_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
@@ -249,6 +249,8 @@ def backward_kernel(
                 xhat, dxhat, rstd, along_one / N, along_xhat / N, dsum_ptr, dx_ptr, dresidual_ptr,
                 row, cols, (position < last) & (cols < N), dsum_stride, RMS, N, VEC,
             )  # fmt: skip
+        if HALVES:
+            tl.debug_barrier()  # no thread still loads the parameters from the slots that are written next
         _store_sums(
             own_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, 0, cols, draw == first_draw,
             NOISE, SPAN, HAS_BIAS, N, BLOCK_N, FAST,
@@ -257,7 +259,7 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def backward_wide_kernel(
-    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed, mean_ptr, rstd_ptr,
     dx_ptr, dresidual_ptr, partial_ptr, row_sum_ptr,
     x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
     group_rows, all_draws, all_inner,
@@ -270,7 +272,7 @@ def backward_wide_kernel(
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     RMS: tl.constexpr = mean_ptr is None
     own_ptr = _own_slots(partial_ptr, N, SLOTS)
-    k0, k1 = load_key(seed_ptr)
+    k0, k1 = load_key(seed)
     group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
     start, stop = run_of(tl.program_id(0), run_rows, runs_per_share, share_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)

@@ -79,7 +79,7 @@ def _store_deterministic_gradients(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def finalize_kernel(
-    partial_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
+    partial_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed,
     dkl_ptr,
     dweight_ptr, dbias_ptr, dweight_rho_ptr, dbias_rho_ptr,
     n_programs, runs_per_share, group_rows, all_draws, all_inner,
@@ -91,7 +91,7 @@ def finalize_kernel(
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     first_col = tl.program_id(0) * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)[None, :]
-    k0, k1 = load_key(seed_ptr)
+    k0, k1 = load_key(seed)
     _, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
     dkl = tl.zeros((1, 1), ACC)
     if dkl_ptr is not None:

@@ -68,7 +68,7 @@ def _load_sum(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed,
     y_ptr, sum_ptr, mean_ptr, rstd_ptr, kl_ptr,
     x_stride, residual_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
     group_rows, all_draws, all_inner,
@@ -92,7 +92,7 @@ def forward_kernel(
     cols = tl.arange(0, BLOCK_N)[None, :]
     col_mask = cols < N
     own = in_group(cols, N, GROUPED)
-    k0, k1 = load_key(seed_ptr)
+    k0, k1 = load_key(seed)
     group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
     start, stop = run_of(tl.program_id(0) - 1, run_rows, runs_per_share, share_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)
@@ -129,7 +129,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def forward_wide_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed,
     y_ptr, sum_ptr, mean_ptr, rstd_ptr, kl_ptr,
     x_stride, residual_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
     group_rows, all_draws, all_inner,
@@ -147,7 +147,7 @@ def forward_wide_kernel(
         return
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     HAS_BIAS: tl.constexpr = bias_ptr is not None
-    k0, k1 = load_key(seed_ptr)
+    k0, k1 = load_key(seed)
     group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
     start, stop = run_of(tl.program_id(0) - 1, run_rows, runs_per_share, share_rows)
     first_draw, count = draws_of(start, stop, rows_per_draw, SPAN)

@@ -22,13 +22,14 @@ _TURN = tl.constexpr(2 * math.pi / 65536)
 
 
 @triton.jit
-def load_key(seed_ptr):
-    """The two 32-bit key words of an int64 seed; zeros where there is none."""
-    if seed_ptr is None:
+def load_key(seed):
+    """The two 32-bit key words of an int64 seed, a pointer to it or itself; zeros where there is none."""
+    if seed is None:
         return tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
     else:
-        seed = tl.load(seed_ptr).to(tl.uint64)
-        return (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+        key = tl.load(seed) if seed.dtype.is_ptr() else seed
+        key = key.to(tl.uint64)
+        return (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 
 # Numbers that vary with the batch: Triton must not compile a kernel again because one of them is 1, or divisible by 16.
 BATCH_SIZES = [
-    "x_stride", "residual_stride", "dy_stride", "dsum_stride", "n_draws", "inner", "rows_per_draw",
+    "seed", "x_stride", "residual_stride", "dy_stride", "dsum_stride", "n_draws", "inner", "rows_per_draw",
     "run_rows", "runs_per_share", "share_rows", "group_rows", "all_draws", "all_inner", "n_programs",
 ]  # fmt: skip
 

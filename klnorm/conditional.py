@@ -9,9 +9,9 @@ from torch import nn
 
 from . import checks
 from .functional import normalize
-from .kl import is_sharded
 from .posterior import KLNorm, _nothing
 from .reference.kl_norm import accumulation_dtype
+from .sharded import is_sharded
 
 # U V is 0 at first, and V like the weight of an nn.Linear.
 _LOW_RANK = {"condition_down": functools.partial(nn.init.kaiming_uniform_, a=5**0.5), "condition_up": nn.init.zeros_}
@@ -149,6 +149,8 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         samples = (x.unsqueeze(0) if alone else x).movedim(dim, 0)
         _check_samples(samples, x)
         sampling = self.training or self._sampling
+        if sampling:
+            self._forget_kl()
         with _without_autocast(x.device.type):
             if self.condition == "self":
                 _check_absent("condition", condition, self.condition)
@@ -164,10 +166,10 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         elif dim:
             y = y.movedim(0, dim)
         if sampling:
-            # What checkpointing repeats in a backward is to be freed with its block: there y is what the KL is tied to.
-            kept = y if checks.in_backward() else self._last_condition.remember(c)
+            if not checks.in_backward():
+                self._last_condition.remember(c)
             if not torch.compiler.is_compiling():
-                self._last_kl.remember(kl, kept, self._kl_inputs(), self.prior_std)
+                self._last_kl.remember(kl, self._kl_inputs(), self.prior_std)
         return y
 
     def _summary(self, samples, mask):
@@ -201,12 +203,13 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         """The parameters of the posteriors: as of KLLayerNorm, then V and U."""
         return [*super().posterior_parameters(), self.condition_down, self.condition_up]
 
-    def _divergence(self):
+    def _take_kl(self):
         last = self._last_condition
-        kl_at_hand = not (torch.compiler.is_compiling() or last.compiled)
-        kl = self._last_kl.recall(self._kl_inputs(), self.prior_std) if kl_at_hand else None
+        kl = None if last.compiled else super()._take_kl()
         if kl is not None:
-            return kl.mean()
+            mean = kl.mean()
+            mean.of = kl  # held by who holds the mean, so that it can be taken again
+            return mean
         c = last.recall()
         if is_sharded(self.weight):
             raise ValueError(
@@ -280,8 +283,9 @@ class _Spent(torch.autograd.Function):
     def backward(ctx, _):
         raise RuntimeError(
             "the KL divergence of a KLConditionalLayerNorm cannot be differentiated any more: a backward has gone "
-            "through the layer's last forward, or that ran without gradients. Remedy: call every layer in the forward, "
-            "klnorm.kl_divergence after it and backward once; checkpoint with use_reentrant=False."
+            "through the layer's last forward, eval() came after it, or it ran without gradients. Remedy: call every "
+            "layer in the forward, klnorm.kl_divergence after it and backward once; checkpoint with "
+            "use_reentrant=False."
         )
 
 

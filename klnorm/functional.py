@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import checks, ops
+from . import checks, ops, seeds
 from .reference.kl_norm import accumulation_dtype, draw_layout
 
 
@@ -182,11 +182,13 @@ def normalize(
 
 
 def _seed(x, seed, generator):
-    """The caller's seed (1,), or one drawn from torch's generator."""
+    """The caller's seed (1,), or one drawn from torch's generator: an int where the host can make it, else a tensor."""
     if seed is not None:
         checks.check_seed(seed, x)
         return seed.reshape(1)
     checks.check_generator(generator, x)
+    if ops.is_plain(x) and seeds.known_to_host(x):
+        return seeds.draw_key(seeds.default_generator(x.device) if generator is None else generator)
     # With generator=, though it be None, this is the overload that inductor leaves to torch: eager's seeds.
     return torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
 

@@ -1,64 +1,85 @@
 """The KL divergence of a model: once per layer, from its last forward where that is still there."""
 
-import math
 import weakref
 
 import torch
 
-from . import checks
+from . import checks, finite
+from .sharded import is_sharded, whole
 
 
 class LastKL:
-    """The KL tensor of a layer's last forward, kept for as long as that forward's output lives and its graph is
-    unspent.
+    """The KL tensor of a layer's last forward, held until somebody takes it.
 
-    Holding the tensor itself would keep the whole graph behind it alive. Tied to the output, which the next operation
-    usually saves for its own backward, it goes when the graph goes.
+    Holding it keeps the graph of that forward alive, back to the model's input. So it is let go of as early as can be:
+    by `take`, after which whoever took it holds the graph, by a backward through the forward, by the layer's next
+    forward and its `eval()`. Copies and pickles of a layer start without.
     """
 
     def __init__(self):
-        self._forget()
+        self._self = weakref.ref(self)
+        self.forget()
 
-    def remember(self, kl, output, parameters, prior_std):
-        """Keep `kl`, computed from `parameters`, while `output` lives; forget what was kept where it has no graph."""
-        if not kl.requires_grad or checks.transforming():
-            return self._forget()
-        self._kl = kl
-        self._prior_std = prior_std
-        self._parameters = parameters
-        self._states = [_state(p) for p in parameters]
-        self._output = weakref.ref(output, self._forget)
+    def forget(self):
+        self._kl = self._taken = self._inputs = self._states = self._prior_std = None
+        self._repeated = False
 
-    def recall(self, parameters, prior_std):
-        """The KL tensor, or None where its graph is gone or spent, or the parameters have changed since."""
-        if self._kl is None or getattr(self._kl.grad_fn, "consumed", False):
+    def remember(self, kl, inputs, prior_std):
+        """Hold `kl`, an output of `ops.KLNormFunction`, computed from `inputs`; let go of the one before."""
+        self.forget()
+        node = kl.grad_fn
+        if node is None or checks.transforming():
+            return
+        node.last_kl = self._self  # weakly, as this holds the node
+        self._kl, self._prior_std = kl, prior_std
+        self._inputs, self._states = inputs, _states(inputs)
+        self._repeated = checks.in_backward()
+
+    def take(self, inputs, prior_std):
+        """The KL tensor, or None where its graph is gone or spent, or the inputs have changed since.
+
+        The caller has to hold it from now on. It can be taken again for as long as somebody does.
+        """
+        kl = self._kl if self._taken is None else self._taken()
+        if kl is None or kl.grad_fn.consumed or prior_std != self._prior_std:
             return None
-        unchanged = all(
-            p is q and _state(p) == state
-            for p, q, state in zip(parameters, self._parameters, self._states, strict=True)
-        )
-        return self._kl if unchanged and prior_std == self._prior_std else None
+        if _states(inputs) != self._states:
+            return None
+        if torch.is_grad_enabled():
+            self._kl, self._taken = None, weakref.ref(kl)
+        return kl
 
-    def _forget(self, _=None):
-        self._kl = self._prior_std = self._parameters = self._states = self._output = None
+    def release(self, node):
+        """A backward goes through `node`: its graph is spent, and of what a checkpoint has repeated for it no use."""
+        if self._repeated or (self._kl is not None and self._kl.grad_fn is node):
+            self.forget()
 
-    def __reduce__(self):  # copies and pickles of a layer start without
+    def __reduce__(self):
         return LastKL, ()
 
 
-def _state(tensor):
-    """What changes with a tensor's values or its part in autograd; an in-place change through `.data` does not show."""
-    return tensor._version, tensor.requires_grad, tensor.data_ptr()
+def _states(tensors):
+    """What changes with tensors, their values or their part in autograd; a change in place through `.data` is not seen.
+
+    An id is that of the same tensor as long as somebody holds it, as LastKL does.
+    """
+    return [(id(t), t._version, t.requires_grad, t.data_ptr()) for t in tensors]
 
 
-def kl_divergence(model, *, check_finite=True):
+def kl_divergence(model, *, check_finite=None):
     """KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
-    Taken from a layer's last forward where that is still part of a graph, which costs nothing extra; in closed form
-    from the parameters otherwise (no forward yet, evaluation, after `backward()` or `optimizer.step()`, under
-    torch.compile). The value and the gradient are the same. Add it to the loss and call backward once, as it shares the
-    outputs' graph. It counts the layers of `kl_layers(model)`; a KLConditionalLayerNorm, in which every sample has a
-    posterior, with the mean over the samples of its last forward, see there.
+    Taken from each layer's last forward in training mode where that is still at hand, at the cost of two small kernels
+    for the whole model; computed from the parameters, in some twenty, of the layers where it is not: without such a
+    forward, or after a `backward()` through it, a change of the parameters, or `eval()`; and under torch.compile. The
+    value and the gradient are the same. Add it to the loss and call backward once, as it shares the outputs' graph.
+
+    A layer holds its last forward's divergence, and with it the graph of that forward, until `kl_divergence` takes it;
+    from then on the result alone holds the graph. Where nobody asks for it a backward through the forward, the layer's
+    next forward or `eval()` lets go of it.
+
+    It counts the layers of `kl_layers(model)`; a KLConditionalLayerNorm, in which every sample has a posterior, with
+    the mean over the samples of its last forward, see there.
 
     Of a model sharded by FSDP2 it is the whole value on every rank, at the cost of one all-reduce: every rank has to
     call it, after the forward. It is taken of the sharded parameters, in fp32 under a mixed precision policy too; but
@@ -68,8 +89,10 @@ def kl_divergence(model, *, check_finite=True):
 
     Args:
         model: any nn.Module.
-        check_finite: raise for NaN or infinity, naming the layer. On CUDA this waits for the GPU; it is left out under
-            torch.compile, the transforms of torch.func and CUDA graph capture.
+        check_finite: whether to raise for NaN or infinity, naming the layer. None: yes, but without waiting for a GPU:
+            what a call finds there is looked at in a later call for the same `model`, when it has arrived. True: at
+            once, which waits for the GPU. False: no. Left out under torch.compile, the transforms of torch.func and
+            CUDA graph capture.
 
     Returns:
         Scalar tensor in nats, differentiable; 0 for a model without KL layers.
@@ -88,11 +111,45 @@ def kl_divergence(model, *, check_finite=True):
     if not layers:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=None if parameter is None else parameter.device)
-    parts = [layer._divergence() for layer in layers.values()]
-    total = _total(parts)
-    if check_finite and checks.is_readable(total) and not math.isfinite(total.item()):
-        raise ValueError(_explain(layers, parts))
+    parts, names, others = [], [], []
+    for name, layer in layers.items():
+        kl = layer._take_kl()
+        if kl is None:
+            others += layer.kl_terms()
+        else:
+            parts.append(kl)
+            names.append(name)
+    parts = [whole(part) for part in parts + closed_form(others)]
+    parts = [part.to(parts[0].device) for part in parts]
+    if torch.compiler.is_compiling() or checks.transforming():
+        return torch.stack(parts).sum()
+    total, values = _Total.apply(*parts)
+    if check_finite is not False and checks.is_readable(total):
+        if check_finite is None and finite.is_far(total):
+            finite.check_later(model, layers, names, values)
+        else:
+            finite.check_now(layers, total)
     return total
+
+
+class _Total(torch.autograd.Function):
+    """(the sum of scalars, the scalars in one tensor), one node, whose backward hands each the same cotangent.
+
+    While its graph lives it holds the scalars, so that they can be taken again.
+    """
+
+    @staticmethod
+    def forward(ctx, *parts):
+        ctx.parts, ctx.count = parts, len(parts)
+        ctx.set_materialize_grads(False)
+        values = torch.stack(parts)
+        ctx.mark_non_differentiable(values)
+        return values.sum(), values
+
+    @staticmethod
+    def backward(ctx, dtotal, _):
+        ctx.parts = None
+        return (dtotal,) * ctx.count
 
 
 def kl_layers(model):
@@ -168,49 +225,39 @@ def _active_copies(wrapper):
     ]
 
 
-def closed_form(divergence, parameters, prior, prior_std):
-    """The sum of divergence(*parameters, prior, prior_std), a scalar; of sharded parameters a DTensor, see `whole`."""
-    mean = parameters[0]
+def closed_form(terms):
+    """The sum of KL divergences, in few scalars: one of all that are computed alike; of sharded ones a DTensor.
+
+    A term is (divergence, its parameters, prior mean, prior deviation), a divergence a function of these by element.
+    """
+    alike = {}
+    for divergence, parameters, prior, prior_std in terms:
+        mean = parameters[0]
+        place = (mean.device_mesh, mean.placements) if is_sharded(mean) else mean.device
+        alike.setdefault((divergence, prior_std, mean.dtype, place), []).append((parameters, prior))
+    return [
+        _sum_alike(
+            divergence,
+            [list(tensors) for tensors in zip(*(parameters for parameters, _ in group), strict=True)],
+            [prior for _, prior in group],
+            prior_std,
+        )
+        for (divergence, prior_std, _, _), group in alike.items()
+    ]
+
+
+def _sum_alike(divergence, parameters, priors, prior_std):
+    """The sum over all elements; `parameters`: for every argument of `divergence` the tensors of all terms."""
+    mean = parameters[0][0]
     if not is_sharded(mean):
         dtype = torch.promote_types(mean.dtype, torch.float32)
-        return divergence(*(tensor.to(dtype) for tensor in (*parameters, prior)), prior_std).sum()
+        columns = [torch.cat([t.flatten() for t in tensors]).to(dtype) for tensors in (*parameters, priors)]
+        return divergence(*columns, prior_std).sum()
     from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
     mesh, placements = mean.device_mesh, mean.placements
-    prior = distribute_tensor(prior, mesh, placements, src_data_rank=None)  # every rank has all of it: nothing is sent
-    local = closed_form(divergence, [p.to_local() for p in parameters], prior.to_local(), prior_std)
+    # Every rank has all of a prior: nothing is sent.
+    local_priors = [distribute_tensor(prior, mesh, placements, src_data_rank=None).to_local() for prior in priors]
+    local = _sum_alike(divergence, [[t.to_local() for t in ts] for ts in parameters], local_priors, prior_std)
     of_sum = [Partial() if placement.is_shard() else placement for placement in placements]
     return DTensor.from_local(local, mesh, of_sum, run_check=False)
-
-
-def whole(tensor):
-    """A plain tensor; for a DTensor the whole of it, for which all its ranks communicate."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def is_sharded(tensor):
-    """Whether it is a DTensor."""
-    return hasattr(tensor, "device_mesh")  # its class is there to be asked for only where torch has it
-
-
-def _total(parts):
-    """The sum, a plain scalar; what is sharded alike is added up first, for one all-reduce."""
-    alike = {}
-    for part in parts:
-        alike.setdefault((part.device_mesh, part.placements) if is_sharded(part) else None, []).append(part)
-    plain = alike.pop(None, [])
-    plain += [whole(sum(sharded)) for sharded in alike.values()]
-    return torch.stack([part.to(plain[0].device) for part in plain]).sum()
-
-
-def _explain(layers, parts):
-    for (name, layer), part in zip(layers.items(), parts, strict=True):
-        value = whole(part).item()
-        if not math.isfinite(value):
-            parameters = [(key, whole(p)) for key, p in layer.named_parameters(recurse=False)]
-            return (
-                f"the KL divergence of layer {name or '(the model itself)'!r} is {value}: "
-                f"{checks.describe_not_finite(parameters)}. "
-                "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
-            )
-    return "the sum of the layers' finite KL divergences overflows. Remedy: look for a posterior far from its prior."

@@ -69,7 +69,7 @@ class Call:
         compiled kernel is kept and launched directly where all that another one could be needed for is the same:
         which inputs there are, their dtypes, and whether they are aligned to 16 bytes, as new memory always is.
         """
-        kinds = tuple([t if t is None else (t.dtype, t.data_ptr() % 16) for t in inputs])
+        kinds = tuple([_kind(t) for t in inputs])
         launch = self._compiled.get(kinds)
         if launch is not None:
             launch(*inputs, *outputs, *self._rest)
@@ -77,6 +77,11 @@ class Call:
         compiled = self.kernel[self.grid](*inputs, *outputs, *self._rest, **self.options)
         if _KEEPS and compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[kinds] = compiled[(*self.grid, 1)]
+
+
+def _kind(value):
+    """What of an input decides which kernel is compiled; an int is a seed, see `klnorm.seeds`."""
+    return (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else type(value)
 
 
 class Layout(NamedTuple):
@@ -161,7 +166,7 @@ def backward(
         if plan.rows is not None:
             inputs = *operands, parameters[0], parameters[2], parameters[3], seed, mean, rstd
             plan.rows.launch(inputs, (dx, dresidual, partial, *row_sums))
-        plan.finalize.launch((partial, *parameters, seed, dkl), gradients)
+        plan.finalize.launch((partial, *parameters, seed, *_contiguous(dkl)), gradients)
     return dx, dresidual, *gradients
 
 
@@ -272,8 +277,8 @@ def _access(n_cols, *operands):
     return vec, tuple([stride // vec for stride in strides])
 
 
-def _contiguous(*parameters):
-    return [None if p is None else p.contiguous() for p in parameters]
+def _contiguous(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _multiprocessors(device):

@@ -98,31 +98,44 @@ _active_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
 _has_storage = getattr(torch._C, "_has_storage", lambda tensor: False)
 
 
-def _is_plain(x, args):
+def is_plain(x, *args):
     """Whether torch's dispatcher, which costs more than all else here, would only pass a call of an operator on.
 
-    Tracing, transforms, dispatch modes, subclasses of tensors and the meta device have to see the operator.
+    Tracing, transforms, dispatch modes, subclasses of tensors and the meta device have to see the operator. So have
+    tensors whose memory holds the negative of their values, which the dispatcher turns into plain ones.
     """
     seen = torch.compiler.is_compiling() or _transforms_active() or _active_modes() or x.is_meta
-    return not seen and _PLAIN.issuperset(map(type, args))
+    return not seen and _PLAIN.issuperset(map(type, (x, *args))) and not any(map(_is_negative, args))
+
+
+def _is_negative(arg):
+    return isinstance(arg, torch.Tensor) and arg.is_neg()
 
 
 def _forward(*args):
-    """As the operator, or None for what is not there."""
-    return (_compute_forward if _is_plain(args[0], args) else torch.ops.klnorm.norm_forward.default)(*args)
+    """As the operator, or None for what is not there; the seed may be an int as well."""
+    if is_plain(args[0], *args):
+        return _compute_forward(*args)
+    return torch.ops.klnorm.norm_forward.default(*args[:8], _seed_tensor(args[8], args[0]), *args[9:])
 
 
 def _backward(*args):
-    """As the operator, or None for what is not there."""
+    """As the operator, or None for what is not there; the seed may be an int as well."""
     # The cotangents of is_grads_batched=True look like ordinary tensors, but have no memory.
-    plain = _is_plain(args[3], args) and all(g is None or _has_storage(g) for g in args[:3])
-    return (_compute_backward if plain else torch.ops.klnorm.norm_backward.default)(*args)
+    if is_plain(args[3], *args) and all(g is None or _has_storage(g) for g in args[:3]):
+        return _compute_backward(*args)
+    return torch.ops.klnorm.norm_backward.default(*args[:10], _seed_tensor(args[10], args[3]), *args[11:])
+
+
+def _seed_tensor(seed, x):
+    return torch.tensor([seed], device=x.device) if isinstance(seed, int) else seed
 
 
 class KLNormFunction(torch.autograd.Function):
     """(y, sum, kl) and the gradients of them. Saves z, the parameters, the seed, and mean and rstd of every row.
 
-    Takes the tensors among the operator's arguments and then the numbers in one tuple: autograd spends time on each.
+    The seed is a tensor or an int, see `klnorm.seeds`. Takes the tensors among the operator's arguments and then the
+    numbers in one tuple: autograd spends time on each.
     """
 
     @staticmethod
@@ -134,9 +147,13 @@ class KLNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dsum, dkl):
-        ctx.consumed = True  # tells klnorm.kl that this graph is spent
+        ctx.consumed = True
+        if ctx.last_kl is not None and (last_kl := ctx.last_kl()) is not None:
+            last_kl.release(ctx)
         gradients = _GradientsOnce.apply if torch.is_grad_enabled() else _gradients
-        dx, dresidual, *rest = gradients(dy, dsum, dkl, *ctx.saved_tensors, *ctx.numbers)
+        *tensors, seed, mean, rstd = ctx.saved_tensors
+        seed = seed if ctx.key is None else ctx.key
+        dx, dresidual, *rest = gradients(dy, dsum, dkl, *tensors, seed, mean, rstd, *ctx.numbers)
         if ctx.has_residual:  # autograd casts dsum to the dtype of x
             dx, dresidual = (dsum, dsum) if dy is None else (dx, dx if dresidual is None else dresidual)
         return dx, dresidual, *rest, None, None, None, None
@@ -172,10 +189,12 @@ class TransformableFunction(KLNormFunction):
 
 
 def _save(ctx, inputs, sum_, mean, rstd):
-    x, residual, *parameters, numbers = inputs
+    x, residual, *parameters, seed, numbers = inputs
     weight_prior_value, bias_prior_value, prior_std, _, draws, inner, groups, rms = numbers
+    ctx.last_kl, ctx.consumed = None, False  # for klnorm.kl: who holds this graph, and whether it is spent
     ctx.has_residual = residual is not None
-    ctx.save_for_backward(sum_ if ctx.has_residual else x, *parameters, None if rms else mean, rstd)
+    ctx.key, seed = (seed, None) if isinstance(seed, int) else (None, seed)
+    ctx.save_for_backward(sum_ if ctx.has_residual else x, *parameters, seed, None if rms else mean, rstd)
     ctx.numbers = weight_prior_value, bias_prior_value, prior_std, draws, inner, groups
     ctx.set_materialize_grads(False)
 

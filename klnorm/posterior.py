@@ -8,7 +8,7 @@ from torch import nn
 
 from . import checks
 from .functional import normalize
-from .kl import LastKL, closed_form, whole
+from .kl import LastKL, kl_divergence
 from .reference.kl_norm import kl_deterministic, kl_normal
 
 SETTINGS = (
@@ -120,6 +120,8 @@ class KLNorm(nn.Module):
     def train(self, mode=True):
         """As for every module; in training mode scale and shift are sampled."""
         super().train(mode)
+        if not mode:
+            self._last_kl.forget()
         self._guard_shortcut()
         return self
 
@@ -144,9 +146,10 @@ class KLNorm(nn.Module):
         """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode."""
         if not (self.training or self._sampling):
             return self._evaluate(x)
+        self._forget_kl()
         y, _, kl = self._norm_and_kl(x, sample=True)
         if not torch.compiler.is_compiling():
-            self._last_kl.remember(kl, y, self._kl_inputs(), self.prior_std)
+            self._last_kl.remember(kl, self._kl_inputs(), self.prior_std)
         return y
 
     def _evaluate(self, x):
@@ -189,20 +192,28 @@ class KLNorm(nn.Module):
 
     def kl_divergence(self):
         """KL divergence of this layer's posterior from its prior, a scalar in nats; see `klnorm.kl_divergence`."""
-        return whole(self._divergence()).clone()  # the caller's own, to change in place as well
+        return kl_divergence(self, check_finite=False)
 
-    def _divergence(self):
-        """The KL divergence, possibly the very tensor of the last forward, or of sharded parameters a DTensor."""
-        kl = None if torch.compiler.is_compiling() else self._last_kl.recall(self._kl_inputs(), self.prior_std)
-        if kl is not None:
-            return kl
+    def _forget_kl(self):
+        """Let go of the last forward's graph before the next one: torch may capture that into a CUDA graph, which must
+        not meet the older one's autograd nodes.
+        """
+        if not torch.compiler.is_compiling():
+            self._last_kl.forget()
+
+    def _take_kl(self):
+        """The KL tensor of the last forward, see `LastKL.take`; None where that is not at hand."""
+        return None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
+
+    def kl_terms(self):
+        """What the KL divergence is the sum of, as `klnorm.kl.closed_form` takes it."""
         weight, bias, weight_rho, bias_rho, weight_prior, bias_prior = self.posterior_and_prior()
         if self.posterior == "deterministic":
             if bias is None:
                 bias = bias_prior = torch.zeros_like(weight)
-            return closed_form(kl_deterministic, (weight, bias), bias_prior, self.prior_std)
-        kl = closed_form(kl_normal, (weight, weight_rho), weight_prior, self.prior_std)
-        return kl if bias is None else kl + closed_form(kl_normal, (bias, bias_rho), bias_prior, self.prior_std)
+            return [(kl_deterministic, (weight, bias), bias_prior, self.prior_std)]
+        terms = [(kl_normal, (weight, weight_rho), weight_prior, self.prior_std)]
+        return terms if bias is None else [*terms, (kl_normal, (bias, bias_rho), bias_prior, self.prior_std)]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Also accept the state of the plain norm: the loaded values become means and prior means, rho stays.

@@ -4,7 +4,7 @@ import warnings
 
 from . import checks
 from .candidates import LayerNorms, RMSNorms, check_uncovered, plain_type, refuse
-from .kl import is_sharded
+from .sharded import is_sharded
 
 _PRIORS = "current", "standard"
 # By name, as torch need not have torch.distributed.

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from . import checks
-from .kl import kl_layers, whole
+from .kl import kl_layers
 from .reference.kl_norm import kl_deterministic, kl_normal
+from .sharded import whole
 
 _MEANS = {"scale": "weight", "shift": "bias"}
 _TINY = 1e-30  # a ratio to a deviation that underflows is to be a number in fp32 too, as TensorBoard keeps fp32

@@ -101,13 +101,17 @@ class KLWeight:
         per_parameter: nn.Module whose random scales and shifts are counted now, those of a shared layer once: D.
         warmup_steps: calls of `step` until the weight is full; int >= 0.
         max_weight: the weight of KL / N or KL / D after the warm-up, >= 0.
+        device: where the model is. Needed where the first call is compiled by torch.compile or captured into a CUDA
+            graph; elsewhere the first call finds out. `step` changes the weight on that device, so that replays of a
+            captured step see the warm-up.
 
     Attributes:
         steps: calls of `step` so far. value: the weight now, a float.
 
     Raises:
         TypeError: `num_examples` or `warmup_steps` is no int, `per_parameter` no nn.Module, `max_weight` no number.
-        ValueError: both or neither of the first two are given, a number is out of range, or there is no KL layer.
+        ValueError: both or neither of the first two are given, a number is out of range, or there is no KL layer. In a
+            call: it is captured into a CUDA graph and `device` was not given, nor has there been a call before.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)))
@@ -126,7 +130,7 @@ class KLWeight:
         0.0625
     """
 
-    def __init__(self, *, num_examples=None, per_parameter=None, warmup_steps=0, max_weight=1.0):
+    def __init__(self, *, num_examples=None, per_parameter=None, warmup_steps=0, max_weight=1.0, device=None):
         if (num_examples is None) == (per_parameter is None):
             raise ValueError(
                 f"{'neither' if num_examples is None else 'both'} of num_examples and per_parameter given, expected "
@@ -139,18 +143,38 @@ class KLWeight:
         checks.check_not_negative("max_weight", max_weight)
         divisor = _count_random(per_parameter) if num_examples is None else num_examples
         self._full, self._warmup_steps = max_weight / divisor, warmup_steps
+        self._factors = {}
         self._set_steps(0)
+        for place in {"cpu", "cpu" if device is None else device}:
+            self._factor(torch.empty(0, device=place).device)
 
     def _set_steps(self, steps):
+        before = getattr(self, "value", None)
         self.steps = steps
         self.value = self._full if steps >= self._warmup_steps else self._full * steps / self._warmup_steps
-        # A new float would make torch.compile compile a loss again in every step of the warm-up; a tensor does not.
-        self._factor = torch.tensor(self.value, dtype=torch.float64, device="cpu")
+        if self.value != before:
+            for factor in self._factors.values():
+                factor.fill_(self.value)
 
-    def __call__(self, model, *, check_finite=True):
+    def _factor(self, device):
+        """The value as a tensor on `device`, one for good: captured CUDA graphs and compiled losses read it anew."""
+        factor = self._factors.get(device)
+        if factor is None and torch.compiler.is_compiling():
+            return self._factors[torch.device("cpu")]  # what is made while tracing may not outlive the graph
+        if factor is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"KLWeight is captured into a CUDA graph before it has a value on {device}, expected one: a replay "
+                    "would not see the warm-up. Remedy: KLWeight(..., device=device), or call it once before capture."
+                )
+            factor = self._factors[device] = torch.full((), self.value, dtype=torch.float64, device=device)
+        return factor
+
+    def __call__(self, model, *, check_finite=None):
         """The term to add to the loss: `value` times `klnorm.kl_divergence(model, check_finite=check_finite)`."""
         kl = kl_divergence(model, check_finite=check_finite)
-        return kl * self._factor.to(kl.dtype)
+        # A copy, so that `step` may change the value before a backward that still needs it.
+        return kl * self._factor(kl.device).to(kl.device, kl.dtype, copy=True)
 
     def step(self):
         """Count an optimizer step."""

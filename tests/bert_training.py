@@ -15,6 +15,13 @@ def bert(device, dtype=torch.float64, **options):
     return scattered(klnorm.replace_layer_norm(model, init_std=0.2)).to(device, dtype).train()
 
 
+def checkpointed(model, reentrant):
+    """`model` with activation checkpointing, by the name that its version of transformers gives it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    return model
+
+
 def new_batch(device, size=4, tokens=6):
     mask = torch.ones(size, tokens, dtype=torch.long)
     mask[0, -2:] = 0

@@ -5,7 +5,9 @@ Without a GPU the kernels run on CPU tensors in Triton's interpreter; `--device 
 
 import os
 import subprocess
+import sys
 import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +15,30 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the kernels run (default: cpu)")
+    parser.addoption("--in-process", action="store_true", help="run tests marked own_process in this process")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "own_process: run the test in a process of its own, which it may wreck")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic matmuls refuse to run on CUDA
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which no test module has done yet
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a CUDA GPU, and torch sees none")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test marked `own_process` by another pytest: a failed graph capture spoils torch's generator for good."""
+    config = pyfuncitem.config
+    if pyfuncitem.get_closest_marker("own_process") is None or config.getoption("--in-process"):
+        return None
+    options = ["--in-process", f"--device={config.getoption('--device')}", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, pyfuncitem.nodeid]
+    done = subprocess.run(command, cwd=config.rootpath, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"{pyfuncitem.name} ended with {done.returncode}:\n{done.stdout}{done.stderr}", pytrace=False)
+    return True
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +54,66 @@ def _poisoned_and_deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernels_path(monkeypatch):
+    """CPU tensors take the way of CUDA tensors, to the kernels."""
+    from klnorm import launch, ops
+
+    monkeypatch.setattr(ops, "_compute_forward", launch.forward)
+    monkeypatch.setattr(ops, "_compute_backward", launch.backward)
+
+
+class Event:
+    """A CUDA event of a GPU that is late as long as a test says so."""
+
+    late = False
+
+    def record(self, stream=None):
+        pass
+
+    def query(self):
+        return not Event.late
+
+
+class PhiloxGenerator:
+    """What the host sees of a CUDA generator: a seed, and an offset that random operations move on."""
+
+    def __init__(self, seed=0):
+        self.manual_seed(seed)
+
+    def manual_seed(self, seed):
+        self._seed, self._offset = seed, 0
+
+    def initial_seed(self):
+        return self._seed
+
+    def get_offset(self):
+        return self._offset
+
+    def set_offset(self, offset):
+        assert offset % 4 == 0
+        self._offset = offset
+
+
+@pytest.fixture
+def like_cuda(kernels_path, monkeypatch, device):
+    """CPU tensors take the way of CUDA tensors everywhere: nobody may wait for their values, or launch for a seed.
+
+    The event and the generator that they meet are attributes of what the fixture returns.
+    """
+    from klnorm import finite, seeds
+
+    generator = PhiloxGenerator()
+    if device.type == "cpu":
+        monkeypatch.setattr(finite, "is_far", lambda tensor: True)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+        monkeypatch.setattr(seeds, "known_to_host", lambda x: True)
+        monkeypatch.setattr(seeds, "default_generator", lambda device: generator)
+    monkeypatch.setattr(Event, "late", False)
+    return SimpleNamespace(event=Event, generator=generator)
 
 
 @pytest.fixture
@@ -59,6 +137,20 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def eager_seeds():
+    """Eager's random numbers in compiled checkpoints.
+
+    On CUDA torch gives those a generator of their own by default, seeded from the CPU's when first called.
+    """
+    config = torch._functorch.config
+    if not hasattr(config, "graphsafe_rng_functionalization"):  # older torch has no such generators
+        yield
+        return
+    with config.patch(graphsafe_rng_functionalization=False):
+        yield
 
 
 @pytest.fixture(scope="session")

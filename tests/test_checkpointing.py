@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bert_training import assert_close, assert_equal, bert, gradients_of, loss_of, new_batch
+from bert_training import assert_close, assert_equal, bert, checkpointed, gradients_of, loss_of, new_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +31,7 @@ def test_bert_without_the_kl_has_the_same_bits(device, reentrant, function):
     model, batch = bert(device, torch.float32, num_hidden_layers=2), new_batch(device)
     expected = gradients_of(function, model, batch)
     assert (expected["bert.encoder.layer.0.output.LayerNorm.weight_rho"] != 0).all()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed(model, reentrant)
     assert_equal(gradients_of(function, model, batch), expected)
 
 
@@ -40,7 +40,7 @@ def test_bert_without_the_kl_has_the_same_bits(device, reentrant, function):
 def test_bert_with_the_kl_in_its_loss(device, reentrant, function):
     model, batch = bert(device, num_hidden_layers=2), new_batch(device)
     expected = gradients_of(function, model, batch)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed(model, reentrant)
     for _ in range(2):  # the second meets what the first one left
         assert_close(gradients_of(function, model, batch), expected, ROUNDING)
 

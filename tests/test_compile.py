@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bert_training import assert_close, bert, gradients_of, loss_of, new_batch
+from bert_training import assert_close, bert, checkpointed, gradients_of, loss_of, new_batch
 from torch._dynamo.utils import counters
 
 # torch's own warning, while it compiles
@@ -47,9 +47,10 @@ def test_bert_of_any_batch_size_and_length_in_one_dynamic_graph(device):
     train_compiled(compiled, model, [new_batch(device, *size) for size in ((4, 6), (7, 6), (5, 9), (13, 11))])
 
 
+@pytest.mark.usefixtures("eager_seeds")
 def test_bert_with_activation_checkpointing(device):
     model = bert(device)
     expected = gradients_of(loss_of, model, batch := new_batch(device))
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed(model, False)
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     assert_close(gradients_of(compiled, model, batch), expected, ROUNDING)

@@ -77,11 +77,11 @@ def test_computes_the_plain_norm_and_draws_nothing(device, kind, training, dtype
 def test_divergence_is_that_of_the_reference_from_the_forward_and_in_closed_form(device, kind):
     layer = deterministic(kind, device, dtype=torch.float64)
     y = layer(torch.randn(3, N, device=device, dtype=torch.float64))
-    from_forward = layer._divergence()
+    from_forward = layer._take_kl()
     assert from_forward.grad_fn is y.grad_fn, "the KL is no by-product of the forward"
     gradients = torch.autograd.grad(from_forward, list(layer.parameters()))
     del y
-    closed, expected = layer._divergence(), expected_kl(layer)
+    closed, expected = layer.kl_divergence(), expected_kl(layer)
     assert closed.grad_fn is not from_forward.grad_fn
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if device.type == "cpu" else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(closed, expected, rtol=1e-14, atol=0)
@@ -285,13 +285,14 @@ def test_sampling_a_model_that_cannot_is_refused():
         klnorm.mc_predict(model, torch.randn(2, N))
 
 
-def test_sharded_parameters_give_the_same_divergence():
+def test_sharded_parameters_give_the_same_divergence(device):
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    backend = "nccl" if device.type == "cuda" else "gloo"  # fully_shard moves parameters to a GPU that it sees
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         for kind in LAYERS:
-            layer = deterministic(kind)
+            layer = deterministic(kind, device)
             expected = expected_kl(layer)
             gradient = torch.autograd.grad(expected, layer.weight)[0]
             sharded = fully_shard(layer)

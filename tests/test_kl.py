@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import pickle
 import weakref
 
 import pytest
@@ -348,12 +349,60 @@ def test_value_and_gradient_of_the_last_forward(device):
     assert y.requires_grad
 
 
-def test_an_output_that_nobody_keeps_gives_the_closed_form(device):
+def test_an_output_that_nobody_keeps_has_its_kl_all_the_same(device):
     model = small_model(device, following=nn.Dropout)  # which saves its mask alone
     loss = model(batch(device)).square().sum()
-    assert_exact(model, attached=False)
+    assert_exact(model, attached=True)
     (loss + kl_divergence(model)).backward()
     assert_exact(model, attached=False)
+
+
+def test_the_kl_can_be_taken_again_while_somebody_holds_it(device):
+    model = small_model(device)
+    y = model(batch(device))
+    loss = y.square().sum() + kl_divergence(model)
+    for _ in range(2):
+        assert is_attached(kl_divergence(model))
+    assert_exact(model, attached=True)  # which differentiates it
+    del loss
+    assert_exact(model, attached=False)
+    with torch.no_grad():
+        model(batch(device))
+
+
+def test_looking_without_gradients_does_not_take_the_kl(device):
+    model = small_model(device)
+    y = model(batch(device))
+    with torch.no_grad():
+        value = kl_divergence(model)
+    torch.testing.assert_close(value, closed_form(model)[0], rtol=1e-12, atol=0)
+    assert_exact(model, attached=True)
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nn.ReLU(inplace=True), lambda y: y.mul_(2), lambda y: y.to(torch.float32), lambda y: y[:1] * 2],
+    ids=["relu_in_place", "mul_in_place", "cast", "part"],
+)
+def test_what_becomes_of_the_output_does_not_matter(device, change):
+    model = small_model(device)
+    x = batch(device)
+
+    def data_loss():
+        torch.manual_seed(1)
+        return change(model[1](model[0](x))).sum()
+
+    data, kl_grads = gradients_of(data_loss(), model), closed_form(model)[1]
+    loss = data_loss()
+    kl = kl_divergence(model)
+    assert is_attached(kl)
+    both = gradients_of(loss + kl, model)
+    for name, grad in both.items():
+        expected = [g for g in (data[name], kl_grads[name]) if g is not None]
+        assert (grad is None) == (not expected)
+        # one of the changes rounds to fp32, the same way both times
+        torch.testing.assert_close(grad, sum(expected) if expected else None, rtol=1e-12, atol=1e-12)
 
 
 def test_each_forward_replaces_the_one_before(device):
@@ -362,11 +411,11 @@ def test_each_forward_replaces_the_one_before(device):
     before = kl_divergence(model)
     with torch.no_grad():
         model[1].weight.add_(0.5)
-    second = model(batch(device))
-    assert kl_divergence(model) != before
+    model(batch(device))
+    with torch.no_grad():
+        assert kl_divergence(model) != before
     assert_exact(model, attached=True)
-    del second
-    assert_exact(model, attached=False)
+    assert_exact(model, attached=False)  # that one has been taken and dropped
     assert first.requires_grad
 
 
@@ -639,18 +688,71 @@ def no_collector():
 
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("following", [nn.Linear, nn.Dropout])
-@pytest.mark.parametrize("ask", [False, True], ids=["kl_unused", "kl_used"])
-def test_a_discarded_graph_is_freed_at_once(device, ask, following):
+def test_a_graph_whose_kl_was_taken_is_freed_with_it(device, following):
     model = small_model(device, following=following)
     y, saved = watched_forward(model, batch(device))
-    kl = kl_divergence(model) if ask else None
+    kl = kl_divergence(model)
     assert alive(saved) == len(saved) > 5
     del y
-    if ask and is_attached(kl):
-        assert alive(saved)  # the KL itself is somebody's
+    assert alive(saved)  # the KL itself is somebody's
     del kl
     assert alive(saved) == 0
     assert_exact(model, attached=False)
+
+
+def _forward_without_gradients(model, x):
+    with torch.no_grad():
+        model(x)
+
+
+LET_GO = {
+    "forward": lambda model, x: model(x),
+    "forward_without_gradients": _forward_without_gradients,
+    "eval": lambda model, x: model.eval(),
+    "kl_taken": lambda model, x: kl_divergence(model),
+}
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("let_go", LET_GO.values(), ids=LET_GO)
+def test_a_graph_whose_kl_nobody_took_is_held_until(device, let_go):
+    model = small_model(device)
+    y, saved = watched_forward(model, batch(device))
+    del y
+    assert alive(saved)  # by the layer
+    let_go(model, batch(device))
+    assert alive(saved) == 0
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize(
+    "copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_hold_no_graph(device, copying):
+    model = small_model(device)
+    y, saved = watched_forward(model, batch(device))
+    copied = copying(model)
+    assert_exact(copied, attached=False)
+    kl_divergence(model)
+    del y
+    assert alive(saved) == 0
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_fifty_steps_take_as_much_memory_as_one(device, taken, backward):
+    model, counts = small_model(device), []
+    for _ in range(50):
+        loss = model(batch(device)).square().sum()
+        if taken:
+            loss = loss + kl_divergence(model)
+        if backward:
+            loss.backward()
+            model.zero_grad()
+        counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+        del loss
+    assert counts[-1] == counts[2]
 
 
 @pytest.mark.usefixtures("no_collector")
@@ -704,6 +806,7 @@ def test_a_shared_layer_does_not_keep_its_graph(device):
     y, saved = watched_forward(model, torch.randn(4, N, device=device, dtype=torch.float64))
     assert alive(saved) == len(saved)
     del y
+    model.eval()
     assert alive(saved) == 0
 
 
@@ -778,3 +881,85 @@ def test_thawed_parameters_receive_the_gradient(device):
     kl_divergence(layer).backward()
     assert torch.allclose(layer.weight.grad, torch.full((8,), 1 / 0.1**2, device=device))  # (2 - 1) / p^2
     assert y.requires_grad
+
+
+def test_a_finished_step_leaves_no_graph_at_the_parameters():
+    """Of a graph that lives, autograd keeps the parameters' node and its stream, which breaks a capture."""
+
+    def node():
+        return layer.weight.view_as(layer.weight).grad_fn.next_functions[0][0]
+
+    layer = klnorm.KLLayerNorm(6)
+    y = layer(torch.randn(3, 6))
+    kl = klnorm.kl_divergence(layer)
+    node().metadata["seen"] = True
+    assert "seen" in node().metadata
+    (y.sum() + kl).backward()
+    del y, kl
+    assert "seen" not in node().metadata
+
+
+# What a later call finds
+
+
+def broken(model, name="weight_rho"):
+    with torch.no_grad():
+        getattr(model[1], name)[2] = math.nan
+    return model
+
+
+def test_on_a_gpu_a_kl_that_is_not_finite_raises_a_call_later(device, like_cuda):
+    model = small_model(device)
+    assert kl_divergence(model).isfinite()
+    model(batch(device))
+    kl_divergence(broken(model))  # sends it
+    with pytest.raises(
+        ValueError, match=r"an earlier call found a KL divergence .* layer '1' is nan: weight_rho has 1"
+    ):
+        kl_divergence(model)
+
+
+def test_the_layer_of_an_earlier_forward_is_named(device, like_cuda):
+    model = broken(nn.Sequential(KLLayerNorm(4), KLLayerNorm(4)).to(device))
+    model(torch.randn(3, 4, device=device))
+    kl_divergence(model)
+    with torch.no_grad():
+        model[1].weight_rho.fill_(0.0)  # mended meanwhile
+    model(torch.randn(3, 4, device=device))
+    with pytest.raises(ValueError, match=r"the KL divergence of layer '1' was nan\. Remedy: look for a diverged step"):
+        kl_divergence(model)
+    for _ in range(3):  # it is said once
+        model(torch.randn(3, 4, device=device))
+        kl_divergence(model)
+
+
+def test_what_has_not_arrived_is_waited_for_by_nobody(device, like_cuda):
+    model = broken(nn.Sequential(nn.Identity(), KLLayerNorm(4)).to(device))
+    like_cuda.event.late = True
+    for _ in range(3):
+        kl_divergence(model)
+    like_cuda.event.late = False
+    with pytest.raises(ValueError, match="an earlier call found"):
+        kl_divergence(model)
+
+
+def test_whoever_asks_for_it_waits(device, like_cuda):
+    model = broken(nn.Sequential(nn.Identity(), KLLayerNorm(4)).to(device))
+    with pytest.raises(ValueError, match=r"^the KL divergence of layer '1' is nan: weight_rho has 1 .* index 2"):
+        kl_divergence(model, check_finite=True)
+    for _ in range(3):
+        assert not kl_divergence(model, check_finite=False).isfinite()
+
+
+def test_models_are_told_apart_and_not_kept(device, like_cuda):
+    bad, good = broken(nn.Sequential(nn.Identity(), KLLayerNorm(4)).to(device)), KLLayerNorm(4).to(device)
+    kl_divergence(bad)
+    for _ in range(2):
+        kl_divergence(good)
+    with pytest.raises(ValueError, match="an earlier call found"):
+        kl_divergence(bad)
+    kl_divergence(good)
+    reference = weakref.ref(good)
+    del good
+    gc.collect()
+    assert reference() is None

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +22,15 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 def test_memory_table_is_that_of_the_result_file(capsys):
     table.main(["bench/results/memory_cpu.json"])
     assert capsys.readouterr().out.strip() in README
+
+
+@pytest.mark.parametrize("kind", ["norms", "train_step"])
+def test_speed_tables_are_those_of_the_newest_result_files(capsys, kind):
+    results = Path("bench/results").glob(f"{kind}_*.json")
+    newest = max(results, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["environment"]["time"])
+    table.main([str(newest), "--short"])
+    assert capsys.readouterr().out.strip() in README
+    assert f"python -m bench.table {newest}" in README
 
 
 def blocks():

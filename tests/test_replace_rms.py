@@ -350,13 +350,13 @@ def test_divergence_of_one_plus_weight_is_the_same_from_the_forward_and_in_close
     for posterior in "sampled", "deterministic":
         layer = replace_rms_norm(new(OnePlus, device), posterior=posterior, prior_std=0.5)
         y = layer(torch.randn(3, N, device=device))
-        from_forward = layer._divergence()
+        from_forward = layer._take_kl()
         assert from_forward.grad_fn is y.grad_fn
         parameters = list(layer.parameters())
         assert len(parameters) == (2 if posterior == "sampled" else 1)
         gradients = torch.autograd.grad(from_forward, parameters)
         del y
-        closed = layer._divergence()
+        closed = layer.kl_divergence()
         torch.testing.assert_close(from_forward, closed)
         torch.testing.assert_close(gradients, torch.autograd.grad(closed, parameters))
         if posterior == "deterministic":
@@ -470,7 +470,7 @@ def test_replacing_again_does_not_disturb_a_forward(kind):
     layer = replace_rms_norm(new(kind), posterior="deterministic")
     y = layer(torch.randn(3, N))
     replace_rms_norm(layer)
-    assert layer._divergence().grad_fn is y.grad_fn
+    assert layer._take_kl().grad_fn is y.grad_fn
 
 
 def test_trying_out_leaves_no_trace(device):

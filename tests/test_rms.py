@@ -95,11 +95,11 @@ def test_training_passes_every_setting_to_the_functional(device, noise, eps):
 def test_divergence_and_its_gradient_are_the_same_from_the_forward_and_in_closed_form(device):
     layer = trained(device, dtype=torch.float64)
     y = layer(torch.randn(3, N, device=device, dtype=torch.float64))
-    from_forward = layer._divergence()
+    from_forward = layer._take_kl()
     assert from_forward.grad_fn is y.grad_fn, "the KL is no by-product of the forward"
     gradients = torch.autograd.grad(from_forward, list(layer.parameters()))
     del y
-    closed = layer._divergence()
+    closed = layer.kl_divergence()
     assert closed.grad_fn is not from_forward.grad_fn
     expected = kl_normal(layer.weight, layer.weight_rho, layer.weight_prior, 0.1).sum()
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if device.type == "cpu" else {"rtol": 1e-6, "atol": 1e-6}

@@ -329,3 +329,37 @@ def test_no_framework_is_imported_with_klnorm():
     found = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
     assert "klnorm.integrations" in found
     assert not {"transformers", "peft", "accelerate", "lightning", "matplotlib"} & set(found)
+
+
+def test_a_captured_or_compiled_loss_sees_the_warm_up(device):
+    """What a CUDA graph replays is an operation on the same tensor, whose value `step` changes in place."""
+    model = KLLayerNorm(8, device=device, dtype=torch.float64)
+    kl_weight = KLWeight(num_examples=10, warmup_steps=2, device=device)
+    factor = kl_weight._factor(next(model.parameters()).device)
+    kl, values = kl_divergence(model).item(), []
+    for _ in range(4):
+        values.append(kl_weight(model).item() / kl)
+        assert factor.item() == kl_weight.value
+        kl_weight.step()
+    assert values == pytest.approx([0.0, 0.05, 0.1, 0.1], rel=1e-12)
+    assert kl_weight._factor(factor.device) is factor
+    kl_weight.load_state_dict({"steps": 1})
+    assert factor.item() == 0.05
+
+
+def test_a_step_before_the_backward_does_not_change_it(device):
+    model = KLLayerNorm(8, device=device, dtype=torch.float64)
+    kl_weight = KLWeight(num_examples=10, warmup_steps=2)
+    kl_weight.step()
+    term, kl = kl_weight(model), kl_divergence(model)
+    kl_weight.step()
+    found, expected = (torch.autograd.grad(t, model.weight_rho)[0] for t in (term, kl))
+    torch.testing.assert_close(found, 0.05 * expected, rtol=1e-12, atol=0)
+
+
+def test_a_capture_without_a_value_on_the_device_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"captured into a CUDA graph before .*Remedy: KLWeight\(\.\.\., device=device\)"
+    ):
+        KLWeight(num_examples=10)._factor(torch.device("cuda", 0))

@@ -1,0 +1,83 @@
+"""Errors for a KL divergence that is not finite: at once, or a call later without waiting for the GPU."""
+
+import math
+import weakref
+
+import torch
+
+from . import checks
+from .sharded import whole
+
+_REMEDY = "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
+
+
+def check_now(layers, total):
+    """Raise unless `total` is finite, naming the layer; on a GPU this waits for it."""
+    if not math.isfinite(total.item()):
+        raise ValueError(_explain(layers))
+
+
+def check_later(model, layers, names, values):
+    """Raise for what an earlier call for `model` has sent, if it has arrived; else send `values`, unless some are under
+    way.
+
+    `values` are the KL divergences of the layers `names`, and of all others together.
+    """
+    sent = _sent.get(model)
+    if sent is not None and not sent.arrived():
+        return
+    _sent[model] = _Copy(names, values)
+    bad = [] if sent is None else [(i, value) for i, value in enumerate(sent.values()) if not math.isfinite(value)]
+    if bad:
+        del _sent[model]  # whoever goes on has mended it, or will see the next one
+        first, value = bad[0]
+        if first >= len(sent.names):
+            raise ValueError(_explain(layers, "an earlier call found a KL divergence that was not finite; now "))
+        raise ValueError(
+            f"an earlier call found that the KL divergence of layer {_shown(sent.names[first])} was {value}. {_REMEDY}"
+        )
+
+
+def is_far(tensor):
+    """Whether reading a value makes the host wait for a device."""
+    return tensor.is_cuda
+
+
+class _Copy:
+    """Numbers on their way to the host."""
+
+    def __init__(self, names, values):
+        self.names = names
+        self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=values.is_cuda)
+        self._host.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(values.device))
+
+    def arrived(self):
+        return self._event.query()
+
+    def values(self):
+        return self._host.numpy().tolist()
+
+
+_sent = weakref.WeakKeyDictionary()  # model -> _Copy
+
+
+def _explain(layers, found=""):
+    with torch.no_grad():
+        for name, layer in layers.items():
+            value = layer.kl_divergence().item()
+            if not math.isfinite(value):
+                parameters = [(key, whole(p)) for key, p in layer.named_parameters(recurse=False)]
+                return (
+                    f"{found}the KL divergence of layer {_shown(name)} is {value}: "
+                    f"{checks.describe_not_finite(parameters)}. {_REMEDY}"
+                )
+    return (
+        f"{found}the sum of the layers' finite KL divergences overflows. "
+        "Remedy: look for a posterior far from its prior."
+    )
+
+
+def _shown(name):
+    return repr(name or "(the model itself)")
