@@ -201,8 +201,8 @@ def _shared_normals(noise, w, b):
     if noise.mode != "shared":
         return None
     streams, draws = 1 if b is None else 2, noise.draws
-    stream = torch.arange(streams).repeat_interleave(draws)[:, None]
-    draw = torch.arange(noise.first_draw, noise.first_draw + draws).repeat(streams)
+    stream = torch.arange(streams, device=noise.seed.device).repeat_interleave(draws)[:, None]
+    draw = torch.arange(noise.first_draw, noise.first_draw + draws, device=noise.seed.device).repeat(streams)
     return normals(noise.seed, draw, len(w), stream).view(streams, draws, len(w)).to(w.dtype)
 
 
@@ -213,7 +213,7 @@ def _sample(mean, rho, eps, stream):
 
 def _merged_normals(noise, xhat):
     rows = xhat.flatten(0, 2)
-    row = torch.arange(noise.first_row, noise.first_row + len(rows))
+    row = torch.arange(noise.first_row, noise.first_row + len(rows), device=noise.seed.device)
     return normals(noise.seed, row, rows.shape[1], MERGED_STREAM).view_as(xhat)
 
 
