@@ -23,7 +23,8 @@ def _deviations(weight_rho_ptr, bias_rho_ptr, own, mask, NOISE: tl.constexpr, AC
     """
     scale_std = load_std(weight_rho_ptr, own, mask, NOISE, ACC)
     shift_std = load_std(bias_rho_ptr, own, mask, NOISE, ACC)
-    return scale_std, scale_std * scale_std, tl.maximum(shift_std * shift_std, 2.0**-126)
+    shift_var = tl.maximum(shift_std * shift_std, 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
+    return scale_std, scale_std * scale_std, shift_var
 
 
 @triton.jit

@@ -111,13 +111,13 @@ def finalize_kernel(
             weight_ptr, bias_ptr, bias_prior_ptr, weight_sum, bias_sum, dkl, cols, dweight_ptr, dbias_ptr,
             bias_prior, prior_std, FLOOR, GROUPED, N,
         )  # fmt: skip
-        return
-    _store_gradients(
-        weight_ptr, weight_rho_ptr, weight_prior_ptr, weight_sum, scale_sum, dkl, cols, dweight_ptr, dweight_rho_ptr,
-        weight_prior, prior_std, NOISE, GROUPED, N,
-    )  # fmt: skip
-    if bias_ptr is not None:
+    else:  # not after a return: the compiler reads what follows one all the same
         _store_gradients(
-            bias_ptr, bias_rho_ptr, bias_prior_ptr, bias_sum, shift_sum, dkl, cols, dbias_ptr, dbias_rho_ptr,
-            bias_prior, prior_std, NOISE, GROUPED, N,
+            weight_ptr, weight_rho_ptr, weight_prior_ptr, weight_sum, scale_sum, dkl, cols,
+            dweight_ptr, dweight_rho_ptr, weight_prior, prior_std, NOISE, GROUPED, N,
         )  # fmt: skip
+        if bias_ptr is not None:
+            _store_gradients(
+                bias_ptr, bias_rho_ptr, bias_prior_ptr, bias_sum, shift_sum, dkl, cols,
+                dbias_ptr, dbias_rho_ptr, bias_prior, prior_std, NOISE, GROUPED, N,
+            )  # fmt: skip

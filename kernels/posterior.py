@@ -28,7 +28,7 @@ def _log1p(z):
 @triton.jit
 def softplus(rho):
     """The deviation s = log(1 + exp(rho))."""
-    return tl.maximum(rho, 0.0) + _log1p(tl.exp(-tl.abs(rho)))
+    return tl.maximum(rho, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p(tl.exp(-tl.abs(rho)))
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -125,7 +126,7 @@ def compile_apart(launches):
 
 
 def refusal(launch):
-    """None if the launch compiles, else the compiler's words."""
+    """None if the launch compiles to code that lets NaN through, as the interpreter does; else what is wrong."""
     import torch
 
     from bench.inspect import compile_ahead
@@ -135,9 +136,12 @@ def refusal(launch):
     call = Call(kernel, (1, 1), launch.sizes, launch.constants, launch.num_warps, launch.num_ctas)
     tensors = [torch.empty(0, dtype=a, device="meta") if isinstance(a, torch.dtype) else a for a in launch.arguments]
     try:
-        compile_ahead(call, tensors, CAPABILITY)
+        ptx = compile_ahead(call, tensors, CAPABILITY).asm["ptx"]
     except Exception as error:
         return f"{launch}\n{type(error).__name__}: {error}"
+    if deaf := sorted(set(re.findall(r"\b(?:max|min)(?:\.ftz)?\.f(?:16|32)\b|\b(?:max|min)\.bf16\b", ptx))):
+        return f"{launch}\nIts {', '.join(deaf)} lets no NaN through. Remedy: propagate_nan=tl.PropagateNan.ALL."
+    return None
 
 
 def main(file):
