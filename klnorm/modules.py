@@ -13,7 +13,8 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
     :math:`\gamma = \mathrm{weight} + \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon`, likewise :math:`\beta`; in
     evaluation mode the layer is `nn.LayerNorm` with the posterior means, bit for bit where `x` and the parameters have
     one dtype. `klnorm.sampling(model)` samples in evaluation mode. Add `klnorm.kl_divergence(model)`, weighted, to the
-    loss. A training forward whose divergence nobody takes may keep its graph alive until the layer's next forward. See `klnorm.functional.kl_layer_norm` for the formulas and their source.
+    loss. A training forward whose divergence nobody takes may keep its graph alive until the layer's next forward. See
+    `klnorm.functional.kl_layer_norm` for the formulas and their source.
 
     Args:
         normalized_shape: int or sequence of ints, as for nn.LayerNorm.

@@ -1,0 +1,67 @@
+"""The native compilation of what the tests launch: what it tells apart, and that it can be red."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import refused_kernel
+import torch
+from native import Launch, NativeCompilation, compile_apart
+
+from klnorm import launch
+
+
+def call(kernel, *sizes, num_warps=4, **constants):
+    return launch.Call(getattr(refused_kernel, kernel), (1, 1), sizes, {"FAST": False, "N": 8, **constants}, num_warps)
+
+
+def recorded(kernel, x_dtype=torch.float32, y=True, **options):
+    x = torch.empty(1, dtype=x_dtype)
+    return Launch.of(call(kernel, **options), (x, x if y else None))
+
+
+@pytest.fixture(autouse=True)
+def _tests_on_the_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(refused_kernel.__file__))
+
+
+def test_what_the_compiler_refuses_is_told_in_its_words():
+    (refusal,) = compile_apart([recorded("good"), recorded("returns_before_none", y=False)])
+    assert refusal.startswith("returns_before_none(float32, None; FAST=True, N=8)\nCompilationError")
+    assert "tl.store(y_ptr" in refusal
+
+
+def test_code_that_drops_nan_is_told():
+    (refusal,) = compile_apart([recorded("drops_nan")])
+    assert "max.f32 lets no NaN through. Remedy: propagate_nan" in refusal
+
+
+def test_kinds_differ_by_what_decides_the_code():
+    first = recorded("good")
+    assert first.kind == recorded("good", N=96, num_warps=8).kind
+    others = [
+        recorded("good", x_dtype=torch.bfloat16), recorded("good", y=False), recorded("good", N=1),
+        recorded("good", NOISE="token"), recorded("good", WIDE=True), recorded("drops_nan"),
+    ]  # fmt: skip
+    assert len({other.kind for other in [first, *others]}) == 1 + len(others)
+
+
+def test_the_cheapest_of_a_kind_is_kept_and_a_refusal_fails_the_session():
+    plugin = NativeCompilation()
+    x = torch.empty(1)
+    for block in 64, 8, 256:
+        plugin.record(call("returns_before_none", BLOCK_N=block), (x,), (None,))
+    assert [kept.constants["BLOCK_N"] for kept in plugin.launches.values()] == [8]
+    session = SimpleNamespace(config=SimpleNamespace(), exitstatus=0)
+    plugin.pytest_sessionfinish(session)
+    assert session.exitstatus == 1
+    assert "1 of them refused" in plugin.report
+
+
+def test_workers_hand_over_what_they_recorded():
+    worker, controller = NativeCompilation(), NativeCompilation()
+    worker.record(call("good"), (torch.empty(1),), (torch.empty(1),))
+    session = SimpleNamespace(config=SimpleNamespace(workeroutput={}), exitstatus=0)
+    worker.pytest_sessionfinish(session)
+    controller.pytest_testnodedown(session.config)
+    assert controller.launches == worker.launches
