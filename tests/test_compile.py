@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bert_training import assert_close, bert, checkpointed, gradients_of, loss_of, new_batch
+from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import klnorm
 
 # torch's own warning, while it compiles
 pytestmark = [
@@ -54,3 +59,31 @@ def test_bert_with_activation_checkpointing(device):
     checkpointed(model, False)
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     assert_close(gradients_of(compiled, model, batch), expected, ROUNDING)
+
+
+@pytest.mark.parametrize("kind", [klnorm.KLLayerNorm, klnorm.KLRMSNorm, klnorm.KLConditionalLayerNorm])
+@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_a_compiled_checkpoint_repeats_the_noise_of_its_forward(device, kind, noise, backend):
+    """Whatever seeds compiled code draws: without means, y is linear in the deviations that the noise multiplies.
+
+    A loss linear in y is then the sum of every deviation times its derivative, if that is of the same noise.
+    """
+    layer = kind(6, noise=noise, init_std=0.5).to(device, torch.float64)
+    first, x = nn.Linear(6, 6, device=device, dtype=torch.float64), torch.randn(4, 3, 6, device=device).double()
+    dy = torch.randn_like(x)
+    means = [p for p in (layer.weight, layer.bias) if p is not None]
+    rhos = [p for p in (layer.weight_rho, layer.bias_rho) if p is not None]
+    with torch.no_grad():
+        for mean in means:
+            mean.zero_()
+
+    def loss_of_block(x):
+        return (checkpoint(lambda x: layer(first(x)).tanh().atanh(), x, use_reentrant=False) * dy).sum()
+
+    flag = {"skip_fwd_side_effects_in_bwd_under_checkpoint": True}
+    with torch._dynamo.config.patch(flag if kind is klnorm.KLConditionalLayerNorm else {}):
+        loss = torch.compile(loss_of_block, backend=backend, fullgraph=True)(x)
+    gradients = torch.autograd.grad(loss, rhos)
+    by_deviations = sum((F.softplus(p) * g / p.sigmoid()).sum() for p, g in zip(rhos, gradients, strict=True))
+    torch.testing.assert_close(by_deviations, loss, rtol=1e-8, atol=1e-8)
