@@ -203,6 +203,9 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         """The parameters of the posteriors: as of KLLayerNorm, then V and U."""
         return [*super().posterior_parameters(), self.condition_down, self.condition_up]
 
+    def _kl_inputs(self):
+        return *super()._kl_inputs(), self.condition_down, self.condition_up
+
     def _take_kl(self):
         last = self._last_condition
         kl = None if last.compiled else super()._take_kl()

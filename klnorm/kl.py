@@ -63,7 +63,7 @@ def _states(tensors):
 
     An id is that of the same tensor as long as somebody holds it, as LastKL does.
     """
-    return [(id(t), t._version, t.requires_grad, t.data_ptr()) for t in tensors]
+    return [(id(t), t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
 
 
 def kl_divergence(model, *, check_finite=None):

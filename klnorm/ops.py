@@ -91,7 +91,8 @@ def _backward_fake(dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, *_):
     return _filled((dx, dresidual, *map(_empty_like, (weight, bias, weight_rho, bias_rho))), z)
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, type(None)}
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+_PLAIN = _TENSORS | {float, int, bool, type(None)}
 # Private, as nothing public tells; where a version of torch lacks them, every call is the operator's.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _active_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
@@ -105,11 +106,9 @@ def is_plain(x, *args):
     tensors whose memory holds the negative of their values, which the dispatcher turns into plain ones.
     """
     seen = torch.compiler.is_compiling() or _transforms_active() or _active_modes() or x.is_meta
-    return not seen and _PLAIN.issuperset(map(type, (x, *args))) and not any(map(_is_negative, args))
-
-
-def _is_negative(arg):
-    return isinstance(arg, torch.Tensor) and arg.is_neg()
+    if seen or not _PLAIN.issuperset(map(type, (x, *args))):
+        return False
+    return True not in [arg.is_neg() for arg in args if type(arg) in _TENSORS]
 
 
 def _forward(*args):

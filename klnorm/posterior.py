@@ -187,8 +187,8 @@ class KLNorm(nn.Module):
         return sum(getattr(self, name).numel() for name in means if getattr(self, name) is not None)
 
     def _kl_inputs(self):
-        priors = [_held(self, f"{name}_prior") for name in self._means]
-        return [*self.posterior_parameters(), *(prior for prior in priors if prior is not None)]
+        """The tensors held that the KL is a function of, None for what there is not."""
+        return KLNorm.posterior_and_prior(self)
 
     def kl_divergence(self):
         """KL divergence of this layer's posterior from its prior, a scalar in nats; see `klnorm.kl_divergence`."""

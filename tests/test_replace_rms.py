@@ -566,12 +566,22 @@ def test_a_layer_norm_with_a_forward_of_its_own_is_refused_too():
         klnorm.replace_layer_norm(model_of(with_own_forward(nn.LayerNorm(N))))
 
 
-@pytest.mark.parametrize("kind", [nn.RMSNorm, Rms])
-def test_a_bad_eps_is_refused(kind):
-    model = model_of(kind(N, eps=-1e-6))
-    with pytest.raises(ValueError, match=r"eps(ilon)? is -1e-06, expected a finite number of 0 or more"):
+def test_a_bad_eps_is_refused():
+    model = model_of(nn.RMSNorm(N, eps=-1e-6))
+    with pytest.raises(ValueError, match=r"eps is -1e-06, expected a finite number of 0 or more"):
         replace_rms_norm(model)
-    assert type(model[0]) is kind
+    assert type(model[0]) is nn.RMSNorm
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, Rms])
+def test_an_eps_of_0_is_replaced_and_zeros_stay_zeros(kind):
+    model = replace_rms_norm(model_of(kind(N, eps=0.0)))
+    x = torch.zeros(3, N, requires_grad=True)
+    y = model[0](x)
+    y.sum().backward()
+    assert list(kl_layers(model).values()) == [model[0]]
+    assert not y.any()
+    assert not x.grad.any()
 
 
 @pytest.mark.parametrize(
