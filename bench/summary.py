@@ -71,7 +71,7 @@ def _training(training):
     yield f"training step, {training['models']}"
     for r in training["records"]:
         figure = r["why"] or f"{r['device_ms'] or r['wall_ms']:8.2f} ms"
-        yield f"    {r['model']:<12} {r['norm']:<15} {'compiled' if r['compiled'] else 'eager':<9} {figure[:100]}"
+        yield f"    {r['model']:<12} {r['norm']:<15} {r['mode']:<9} {figure[:100]}"
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _kept(records):
 
 def render_training(result):
     """Markdown: where and when, a training step of every model in eager mode with every norm."""
-    records = [r for r in result["records"] if not r["compiled"]]
+    records = [r for r in result["records"] if r.get("mode", "compiled" if r["compiled"] else "eager") == "eager"]
     models, norms = (list(dict.fromkeys(r[key] for r in records)) for key in ("model", "norm"))
     found = {(r["norm"], r["model"]): r["device_ms"] or r["wall_ms"] for r in records if r["why"] is None}
     rows = [[norm, *(f"{found[norm, m]:.1f}" if (norm, m) in found else "" for m in models)] for norm in norms]

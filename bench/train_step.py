@@ -1,9 +1,11 @@
 """One training step of a BERT-base-sized encoder and a GPT-2-small-sized decoder, random weights.
 
-Run: python -m bench.train_step [--output DIR]
+Run: python -m bench.train_step [--model bert|gpt2] [--norm NAME ...] [--mode eager|captured|compiled] [--output DIR]
 
 Forward, backward and AdamW under bf16 autocast, fp32 weights; with nn.LayerNorm, klnorm in each noise mode and KL-Norm
-in eager PyTorch, the KL in the loss; as it is and under torch.compile. On the CPU: --smoke, tiny, to see that it works.
+in eager PyTorch, the weighted KL in the loss; as it is, captured into a CUDA graph as a whole, and under torch.compile.
+Beside milliseconds: kernels launched in a step, the time that the host takes for one, and the share of it in which the
+GPU has nothing to do. On the CPU: --smoke, tiny, to see that it works; it counts dispatched operations for kernels.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import klnorm
 
@@ -22,7 +25,9 @@ from . import eager, models, report
 from .warm import warm
 
 NORMS = ["LayerNorm", *[f"{kind}, {noise}" for kind in ("klnorm", "eager") for noise in ("sample", "batch", "token")]]
-COMPILED_NORMS = "LayerNorm", "klnorm, sample", "eager, sample"
+OTHER_MODES_NORMS = "LayerNorm", "klnorm, sample", "eager, sample"
+MODES = "eager", "captured", "compiled"
+MODELS = {"bert": "BERT", "gpt2": "GPT-2"}  # the beginnings of their names
 STEPS = 12
 NUM_EXAMPLES = 10_000  # the KL's weight in the loss is 1 / NUM_EXAMPLES; it does not matter to the time
 WARM_SHARE = 0.45
@@ -40,7 +45,7 @@ def main(arguments=None):
     result = {"environment": report.environment(), "models": models.source(), "smoke": options.smoke, "records": []}
     print(f"{report.describe(result['environment'])}\nmodels: {result['models']}")
     if device.type == "cuda" and not options.quick:
-        compiled = [line for line in lines if line[2]]
+        compiled = [line for line in lines if line[2] == "compiled"]
         done = warm(compile_line, compiled, len(compiled), WARM_SHARE * 60 * options.minutes)
         print(f"compiled {done} of {len(compiled)} ahead")
     path = options.output / "train_step.json"
@@ -55,7 +60,10 @@ def main(arguments=None):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the encoder only, nothing compiled")
+    parser.add_argument("--model", choices=MODELS, help="this model only")
+    parser.add_argument("--norm", choices=NORMS, nargs="+", help="these normalizations only")
+    parser.add_argument("--mode", choices=MODES, nargs="+", help="these modes only")
+    parser.add_argument("--quick", action="store_true", help="the encoder only, in eager mode only")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU; wall times that mean nothing")
     parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of train_step.json")
     parser.add_argument("--minutes", type=float, default=10.0, help="start no new line after so many (default: 10)")
@@ -63,31 +71,41 @@ def parse(arguments):
 
 
 def plan(sizes, options):
-    """(model, normalization, compiled) in order of worth."""
+    """(model, normalization, mode) in order of worth."""
     names = list(sizes)[:1] if options.quick else list(sizes)
-    lines = [(name, norm, False) for name in names for norm in NORMS]
-    return lines if options.quick else lines + [(name, norm, True) for norm in COMPILED_NORMS for name in names]
+    lines = [(name, norm, "eager") for name in names for norm in NORMS]
+    if not options.quick:
+        others = ["compiled"] if options.smoke else ["captured", "compiled"]
+        lines += [(name, norm, mode) for mode in others for norm in OTHER_MODES_NORMS for name in names]
+    return [
+        (name, norm, mode)
+        for name, norm, mode in lines
+        if (options.model is None or name.startswith(MODELS[options.model]))
+        and norm in (options.norm or NORMS)
+        and mode in (options.mode or MODES)
+    ]
 
 
 def describe(line):
-    name, norm, compiled = line
-    return f"{name:<12} {norm:<15} {'compiled' if compiled else 'eager':<9}"
+    name, norm, mode = line
+    return f"{name:<12} {norm:<15} {mode:<9}"
 
 
 def show(record):
-    start = describe((record["model"], record["norm"], record["compiled"]))
+    start = describe((record["model"], record["norm"], record["mode"]))
     if record["why"]:
         return f"{start} FAILED: {record['why']}"
     device = "" if record["device_ms"] is None else f"{record['device_ms']:8.2f} ms on the device,"
+    host = "" if record["host_ms"] is None else f" {record['host_ms']:.2f} ms host, {record['idle']:.0%} idle,"
     peak = "" if record["peak_bytes"] is None else f", peak {record['peak_bytes'] / 2**30:.2f} GiB"
-    return f"{start} {device} {record['wall_ms']:8.2f} ms wall{peak}"
+    return f"{start} {device} {record['wall_ms']:8.2f} ms wall,{host} {record['launches']} launches{peak}"
 
 
 def measure_line(line, sizes, device):
     """The record of a line: milliseconds of a step (median of STEPS), peak memory, the first loss."""
-    name, norm, compiled = line
-    record = {"model": name, "norm": norm, "compiled": compiled, "device_ms": None, "wall_ms": None}
-    record |= {"peak_bytes": None, "loss": None, "why": None}
+    name, norm, mode = line
+    record = {"model": name, "norm": norm, "mode": mode, "compiled": mode == "compiled", "why": None, "loss": None}
+    record |= dict.fromkeys(("device_ms", "wall_ms", "host_ms", "idle", "launches", "peak_bytes"))
     # The model of the line before is to leave the GPU.
     torch._dynamo.reset()
     gc.collect()
@@ -97,6 +115,9 @@ def measure_line(line, sizes, device):
         for _ in range(2):
             step()
         record |= time_steps(step, device)
+        record["launches"], busy_ms = count_launches(step, device)
+        if busy_ms is not None:
+            record["idle"] = max(0.0, 1 - busy_ms / record["device_ms"])
         if not torch.isfinite(torch.tensor(record["loss"])):
             record["why"] = f"the loss is {record['loss']}"
     except Exception as error:  # the others are still worth measuring
@@ -106,17 +127,18 @@ def measure_line(line, sizes, device):
 
 def make_step(line, size, device):
     """A function that makes one training step and returns the loss."""
-    _, norm, compiled = line
-    model, divergence = with_norm(models.make_model(size, device), norm)
+    _, norm, mode = line
+    model, weighted_kl = with_norm(models.make_model(size, device), norm, device)
     tokens, labels = models.make_batch(size, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=on_gpu, capturable=on_gpu)
 
     def loss_of(tokens, labels):
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(tokens, labels)
-        return loss + divergence(model) / NUM_EXAMPLES
+        return loss + weighted_kl(model)
 
-    compute = torch.compile(loss_of) if compiled else loss_of
+    compute = torch.compile(loss_of) if mode == "compiled" else loss_of
 
     def step():
         loss = compute(tokens, labels)
@@ -125,17 +147,36 @@ def make_step(line, size, device):
         optimizer.step()
         return loss.detach()
 
-    return step
+    return capture(step) if mode == "captured" else step
 
 
-def with_norm(model, norm):
-    """(model with the normalization, function that computes the KL of it)."""
+def capture(step):
+    """A function that replays `step`, captured into a CUDA graph after a warm-up on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay():
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def with_norm(model, norm, device):
+    """(model with the normalization, function that computes its weighted KL)."""
     kind, _, noise = norm.partition(", ")
     if kind == "klnorm":
-        # Reading the KL back on every step would make the host wait for the GPU.
-        return klnorm.replace_layer_norm(model, noise=noise), lambda m: klnorm.kl_divergence(m, check_finite=False)
+        kl_weight = klnorm.KLWeight(num_examples=NUM_EXAMPLES, device=device)
+        return klnorm.replace_layer_norm(model, noise=noise), kl_weight
     if kind == "eager":
-        return eager.replace_with_eager(model, noise), eager.kl_divergence
+        return eager.replace_with_eager(model, noise), lambda m: eager.kl_divergence(m) / NUM_EXAMPLES
     return model, lambda m: 0.0
 
 
@@ -151,10 +192,38 @@ def time_steps(step, device):
     for event in events[1:]:
         step()
         event.record()
+    host_ms = 1e3 * (time.perf_counter() - begun) / STEPS
     torch.cuda.synchronize()
     wall_ms = 1e3 * (time.perf_counter() - begun) / STEPS
     device_ms = statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
-    return {"device_ms": device_ms, "wall_ms": wall_ms, "peak_bytes": torch.cuda.max_memory_allocated()}
+    peak_bytes = torch.cuda.max_memory_allocated()
+    return {"device_ms": device_ms, "wall_ms": wall_ms, "host_ms": host_ms, "peak_bytes": peak_bytes}
+
+
+class _Operations(TorchDispatchMode):
+    """Counts dispatched operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_launches(step, device):
+    """(kernels of a step, milliseconds that they take), from torch's profiler; on the CPU (operations, None)."""
+    if device.type != "cuda":
+        with _Operations() as operations:
+            step()
+        return operations.count, None
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        step()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in on_device if not e.name.startswith(("Memcpy", "Memset"))]
+    return len(kernels), sum(e.time_range.elapsed_us() for e in on_device) / 1e3
 
 
 def _wall(step):

@@ -706,6 +706,15 @@ def test_training_step_smoke(tmp_path):
     result = json.loads((tmp_path / "train_step.json").read_text())
     assert [r["norm"] for r in result["records"]] == train_step.NORMS
     assert all(r["why"] is None and r["wall_ms"] > 0 for r in result["records"])
+    launches = {r["norm"]: r["launches"] for r in result["records"]}
+    assert launches["LayerNorm"] < launches["klnorm, sample"] < launches["eager, sample"]
+
+
+def test_training_step_of_one_line(tmp_path):
+    chosen = ["--model", "gpt2", "--norm", "klnorm, token", "--mode", "eager"]
+    assert train_step.main(["--smoke", *chosen, "--output", str(tmp_path)]) == 0
+    (record,) = json.loads((tmp_path / "train_step.json").read_text())["records"]
+    assert (record["model"][:5], record["norm"], record["mode"]) == ("GPT-2", "klnorm, token", "eager")
 
 
 def test_training_step_without_a_gpu(capsys):

@@ -102,3 +102,30 @@ def test_compiled_into_graphs(device):
         torch.compiler.cudagraph_mark_step_begin()
         found = {name: t.clone() for name, t in gradients_of(compiled, model, x, seed=seed).items()}
         assert_close(found, expected, ROUNDING)
+
+
+def test_a_captured_step_sees_the_warm_up_of_the_weight(device):
+    model, x = small_model(device), random_input(device)
+    kl_weight = klnorm.KLWeight(num_examples=10, warmup_steps=2, device=device)
+
+    def weighted(model, x):
+        y, term = model(x).square().mean(), kl_weight(model)
+        weighted.term = term.detach()
+        return y + term
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            weighted(model, x).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weighted(model, x).backward()
+    found, kl = [], klnorm.kl_divergence(model).item()
+    for _ in range(4):
+        graph.replay()
+        found.append(weighted.term.item() / kl)
+        kl_weight.step()
+    assert found == pytest.approx([0.0, 0.05, 0.1, 0.1], rel=ROUNDING)
