@@ -15,7 +15,7 @@ KEPT_WIDTH = 4096  # widest row whose backward with four sums keeps its paramete
 TILE_ELEMENTS = 2048  # of a tile of several narrow rows
 REGISTERS = 65536  # of a multiprocessor
 # Tile width -> registers a thread of the backward with four sums, compiled for sm_90 from bf16; 256 at other widths.
-_FOUR_SUMS_REGISTERS = {32: 168, 128: 168, 256: 168, 1024: 168}
+_FOUR_SUMS_REGISTERS = {32: 168, 128: 168, 256: 168, 1024: 168, 4096: 176}
 CLUSTER_SHARE = 4096  # features of a row that one block of a cluster takes, while the cluster can grow
 MAX_CLUSTER = 8  # blocks; more than that not every GPU schedules
 CLUSTER_WIDTH = 65536  # widest row kept whole in the registers of a cluster

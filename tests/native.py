@@ -73,6 +73,8 @@ class NativeCompilation:
         self.report = None
 
     def record(self, call, inputs, outputs):
+        if not hasattr(call.kernel, "fn"):  # a test's stand-in for a kernel
+            return
         launch = Launch.of(call, (*inputs, *outputs))
         known = self.launches.setdefault(launch.kind, launch)
         if launch.cost < known.cost:

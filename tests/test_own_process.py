@@ -27,7 +27,8 @@ def test_survives():
 
 
 def test_a_crash_is_one_failure(tmp_path):
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for name in "conftest.py", "native.py":
+        shutil.copy(Path(__file__).with_name(name), tmp_path)
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(tmp_path)]
