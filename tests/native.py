@@ -10,22 +10,28 @@ import json
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 CAPABILITY = 90
+WIDEST_BLOCK = 1024  # tests give the interpreter tiles of 2^18, at which the compiler works for hours
 ROOT = Path(__file__).parent.parent
 
 
 class Launch(NamedTuple):
-    """A launch without its tensors: of each argument that is one only its dtype is left, of an int its value."""
+    """A launch without its tensors: of each argument that is one only its dtype is left, of an int its value.
+
+    `test`: one that made it.
+    """
 
     module: str
     kernel: str
@@ -34,23 +40,26 @@ class Launch(NamedTuple):
     constants: dict
     num_warps: int
     num_ctas: int
+    test: str
 
     @classmethod
     def of(cls, call, tensors):
         function = call.kernel.fn
-        constants = dict(call.constants)
+        constants = {k: min(v, WIDEST_BLOCK) if k.startswith("BLOCK") else v for k, v in call.constants.items()}
         if "FAST" in constants:  # the choice of a GPU's launch, which the interpreter's cannot make: it runs no PTX
             constants["FAST"] = True
         arguments = tuple(getattr(t, "dtype", t) for t in tensors)
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
         return cls(
-            function.__module__, function.__name__, arguments, call.sizes, constants, call.num_warps, call.num_ctas
-        )
+            function.__module__, function.__name__, arguments, call.sizes, constants, call.num_warps, call.num_ctas,
+            test,
+        )  # fmt: skip
 
     @property
     def kind(self):
         """What decides which code is compiled. Of the numbers among the constants only a width of 1 does."""
         chosen = [(k, v) for k, v in sorted(self.constants.items()) if isinstance(v, (str, bool))]
-        constants = (*chosen, self.constants["N"] == 1)
+        constants = (*chosen, self.constants.get("N") == 1, self.num_ctas > 1)
         arguments = tuple(int if isinstance(a, int) else a for a in self.arguments)
         return self.module, self.kernel, arguments, tuple(size < 2**31 for size in self.sizes), constants
 
@@ -62,7 +71,8 @@ class Launch(NamedTuple):
     def __str__(self):
         chosen = {k: v for k, v in self.constants.items() if isinstance(v, (str, bool)) or k.isupper()}
         arguments = [str(a).removeprefix("torch.") for a in self.arguments]
-        return f"{self.kernel}({', '.join(arguments)}; {', '.join(f'{k}={v!r}' for k, v in chosen.items())})"
+        name = f"{self.kernel}({', '.join(arguments)}; {', '.join(f'{k}={v!r}' for k, v in chosen.items())})"
+        return f"{name}\nTo see it again: python -m pytest {shlex.quote(self.test)}"
 
 
 class NativeCompilation:
@@ -73,9 +83,11 @@ class NativeCompilation:
         self.report = None
 
     def record(self, call, inputs, outputs):
-        if not hasattr(call.kernel, "fn"):  # a test's stand-in for a kernel
-            return
-        launch = Launch.of(call, (*inputs, *outputs))
+        if hasattr(call.kernel, "fn"):  # not a test's stand-in for a kernel
+            self.keep(Launch.of(call, (*inputs, *outputs)))
+
+    def keep(self, launch):
+        """Of every kind the cheapest."""
         known = self.launches.setdefault(launch.kind, launch)
         if launch.cost < known.cost:
             self.launches[launch.kind] = launch
@@ -95,11 +107,13 @@ class NativeCompilation:
     def pytest_testnodedown(self, node):
         """With pytest-xdist: a worker is done."""
         for launch in pickle.loads(getattr(node, "workeroutput", {}).get("launches", pickle.dumps([]))):
-            self.launches.setdefault(launch.kind, launch)
+            self.keep(launch)
 
     def pytest_sessionfinish(self, session):
         if hasattr(session.config, "workeroutput"):
             session.config.workeroutput["launches"] = pickle.dumps(list(self.launches.values()))
+            return
+        if not self.launches or session.shouldfail or session.exitstatus == pytest.ExitCode.INTERRUPTED:  # -x, Ctrl-C
             return
         begin = time.monotonic()
         failures = compile_apart(self.launches.values())
@@ -109,50 +123,85 @@ class NativeCompilation:
             self.report += f", {len(failures)} of them refused:\n\n" + "\n\n".join(failures)
 
     def pytest_terminal_summary(self, terminalreporter):
-        if self.launches:
+        if self.report:
             terminalreporter.section("native compilation")
             terminalreporter.line(self.report)
 
 
 def compile_apart(launches):
     """Compile in a process without Triton's interpreter; a text for every launch that the compiler refuses."""
-    if not launches:
-        return []
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "launches"
+        file, refusals = Path(folder, "launches"), Path(folder, "refusals")
         file.write_bytes(pickle.dumps(list(launches)))
-        run = subprocess.run([sys.executable, __file__, file], capture_output=True, text=True, env=environment)
-    return json.loads(run.stdout) if run.returncode == 0 else [f"{run.stdout}{run.stderr}"]
+        command = [sys.executable, __file__, file, refusals]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        return json.loads(refusals.read_text()) if run.returncode == 0 else [f"{run.stdout}{run.stderr}"]
 
 
 def refusal(launch):
-    """None if the launch compiles to code that lets NaN through, as the interpreter does; else what is wrong."""
-    import torch
+    """None if the launch compiles to code that lets NaN through, as the interpreter does; else what is wrong.
 
-    from bench.inspect import compile_ahead
-    from klnorm.launch import Call
-
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    call = Call(kernel, (1, 1), launch.sizes, launch.constants, launch.num_warps, launch.num_ctas)
-    tensors = [torch.empty(0, dtype=a, device="meta") if isinstance(a, torch.dtype) else a for a in launch.arguments]
-    try:
-        ptx = compile_ahead(call, tensors, CAPABILITY).asm["ptx"]
-    except Exception as error:
-        return f"{launch}\n{type(error).__name__}: {error}"
+    For a process of its own: its output is caught, where Triton's passes say what they refuse.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        for stream in sys.stdout, sys.stderr:
+            os.dup2(said.fileno(), stream.fileno())
+        try:
+            ptx = compiled(launch).asm["ptx"]
+        except Exception as error:
+            sys.stdout.flush()
+            said.seek(0)
+            errors = [line.rstrip() for line in said if "error" in line.lower()]
+            return "\n".join([str(launch), *causes(error), *errors[:20]])
     if deaf := sorted(set(re.findall(r"\b(?:max|min)(?:\.ftz)?\.f(?:16|32)\b|\b(?:max|min)\.bf16\b", ptx))):
         return f"{launch}\nIts {', '.join(deaf)} lets no NaN through. Remedy: propagate_nan=tl.PropagateNan.ALL."
     return None
 
 
-def main(file):
+def compiled(launch):
+    import torch
+    import triton
+
+    from bench.inspect import compile_ahead
+    from klnorm import tuning
+    from klnorm.launch import Call
+
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    clusters = tuning.has_clusters(divmod(CAPABILITY, 10), triton.__version__)  # a test may say so of any Triton
+    num_ctas = launch.num_ctas if clusters else 1
+    call = Call(kernel, (1, 1), launch.sizes, launch.constants, launch.num_warps, num_ctas)
+    tensors = [torch.empty(0, dtype=a, device="meta") if isinstance(a, torch.dtype) else a for a in launch.arguments]
+    return compile_ahead(call, tensors, CAPABILITY)
+
+
+def causes(error):
+    """The error and its causes: Triton names the call in the kernel first and the fault in a helper last."""
+    while error:
+        yield f"{type(error).__name__}: {error}"
+        error = error.__cause__
+
+
+def refusal_alone(launch):
+    """`refusal` in a process that the compiler may end: a failed assertion of LLVM's raises nothing."""
+    with ProcessPoolExecutor(1) as pool:
+        try:
+            return pool.submit(refusal, launch).result()
+        except BrokenProcessPool:
+            return f"{launch}\nThe compiler ended its process."
+
+
+def main(file, refusals):
     launches = pickle.loads(Path(file).read_bytes())
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        print(json.dumps([text for text in pool.map(refusal, launches) if text]))
+        outcomes = [pool.submit(refusal, launch) for launch in launches]
+    broken = [isinstance(outcome.exception(), BrokenProcessPool) for outcome in outcomes]
+    texts = [refusal_alone(a) if b else o.result() for a, o, b in zip(launches, outcomes, broken, strict=True)]
+    Path(refusals).write_text(json.dumps([text for text in texts if text]))
 
 
 if __name__ == "__main__":
     # Pickled launches belong to the module that recorded them, this one under its name.
     sys.modules["native"] = sys.modules["__main__"]
-    main(sys.argv[1])
+    main(*sys.argv[1:])

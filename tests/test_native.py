@@ -27,8 +27,27 @@ def _tests_on_the_path(monkeypatch):
 
 def test_what_the_compiler_refuses_is_told_in_its_words():
     (refusal,) = compile_apart([recorded("good"), recorded("returns_before_none", y=False)])
-    assert refusal.startswith("returns_before_none(float32, None; FAST=True, N=8)\nCompilationError")
+    name, again, *words = refusal.splitlines()
+    assert name == "returns_before_none(float32, None; FAST=True, N=8)"
+    assert again.startswith("To see it again: python -m pytest tests/test_native.py::test_what_the_compiler_refuses")
+    assert words[0].startswith("CompilationError")
     assert "tl.store(y_ptr" in refusal
+    assert "AttributeError: 'constexpr_type'" in words[-1]  # why, which Triton says last
+
+
+def test_what_ptxas_refuses_and_what_ends_the_compiler_is_told_beside_the_others():
+    crash, ptxas = compile_apart([recorded("good"), recorded("crashes"), recorded("no_instruction")])
+    assert crash.startswith("crashes(")
+    assert crash.endswith("The compiler ended its process.")
+    assert "Not a name of any known instruction: 'nonsense'" in ptxas
+
+
+def test_tiles_for_the_interpreter_alone_are_cut():
+    """A test's tile of 2^18 features would take the compiler hours, a cluster it cannot have for ever."""
+    assert recorded("good", BLOCK_N=1 << 18).constants["BLOCK_N"] <= 1024
+    clustered = recorded("good")._replace(num_ctas=4)
+    assert clustered.kind != recorded("good").kind
+    assert compile_apart([clustered]) == []
 
 
 def test_code_that_drops_nan_is_told():
@@ -52,7 +71,10 @@ def test_the_cheapest_of_a_kind_is_kept_and_a_refusal_fails_the_session():
     for block in 64, 8, 256:
         plugin.record(call("returns_before_none", BLOCK_N=block), (x,), (None,))
     assert [kept.constants["BLOCK_N"] for kept in plugin.launches.values()] == [8]
-    session = SimpleNamespace(config=SimpleNamespace(), exitstatus=0)
+    session = SimpleNamespace(config=SimpleNamespace(), exitstatus=0, shouldfail="stopping after 1 failures")
+    plugin.pytest_sessionfinish(session)
+    assert plugin.report is None
+    session.shouldfail = False
     plugin.pytest_sessionfinish(session)
     assert session.exitstatus == 1
     assert "1 of them refused" in plugin.report
