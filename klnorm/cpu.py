@@ -19,7 +19,7 @@ from .reference.kl_norm import (
     kl_normal,
     reciprocal_root,
     row_mean,
-)  # fmt: skip
+)
 from .reference.noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
 
 

@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from . import checks
-from .sharded import whole
+from .sharded import is_sharded, whole
 
 _REMEDY = "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
 
@@ -31,16 +31,25 @@ def check_later(model, layers, names, values):
     if bad:
         del _sent[model]  # whoever goes on has mended it, or will see the next one
         first, value = bad[0]
-        if first >= len(sent.names):
+        if first < len(sent.names):
+            of = f"layer {_shown(sent.names[first])}"
+        elif any(is_sharded(p) for layer in layers.values() for p in layer.parameters()):
+            of = "a sharded layer"  # which one only all ranks together can tell, and others may not be here yet
+        else:
             raise ValueError(_explain(layers, "an earlier call found a KL divergence that was not finite; now "))
-        raise ValueError(
-            f"an earlier call found that the KL divergence of layer {_shown(sent.names[first])} was {value}. {_REMEDY}"
-        )
+        raise ValueError(f"an earlier call found that the KL divergence of {of} was {value}. {_REMEDY}")
 
 
 def is_far(tensor):
     """Whether reading a value makes the host wait for a device."""
     return tensor.is_cuda
+
+
+def recorded_event(device):
+    """An event that has passed when all is done that `device` has been given so far."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class _Copy:
@@ -50,8 +59,7 @@ class _Copy:
         self.names = names
         self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=values.is_cuda)
         self._host.copy_(values, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(values.device))
+        self._event = recorded_event(values.device)
 
     def arrived(self):
         return self._event.query()

@@ -143,14 +143,13 @@ class KLWeight:
         checks.check_not_negative("max_weight", max_weight)
         divisor = _count_random(per_parameter) if num_examples is None else num_examples
         self._full, self._warmup_steps = max_weight / divisor, warmup_steps
-        self._factors = {}
+        self._factors, self.value = {}, None
         self._set_steps(0)
         for place in {"cpu", "cpu" if device is None else device}:
             self._factor(torch.empty(0, device=place).device)
 
     def _set_steps(self, steps):
-        before = getattr(self, "value", None)
-        self.steps = steps
+        before, self.steps = self.value, steps
         self.value = self._full if steps >= self._warmup_steps else self._full * steps / self._warmup_steps
         if self.value != before:
             for factor in self._factors.values():
@@ -167,7 +166,8 @@ class KLWeight:
                     f"KLWeight is captured into a CUDA graph before it has a value on {device}, expected one: a replay "
                     "would not see the warm-up. Remedy: KLWeight(..., device=device), or call it once before capture."
                 )
-            factor = self._factors[device] = torch.full((), self.value, dtype=torch.float64, device=device)
+            with torch.inference_mode(False):  # whose tensors `step` could not change
+                factor = self._factors[device] = torch.full((), self.value, dtype=torch.float64, device=device)
         return factor
 
     def __call__(self, model, *, check_finite=None):

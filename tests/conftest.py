@@ -68,14 +68,13 @@ def kernels_path(monkeypatch):
 
 
 class Event:
-    """A CUDA event of a GPU that is late as long as a test says so."""
+    """An event of a GPU that is late for as long as a test says so, and then not at all."""
 
     late = False
 
-    def record(self, stream=None):
-        pass
-
     def query(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return not Event.late
 
 
@@ -103,19 +102,18 @@ class PhiloxGenerator:
 def like_cuda(kernels_path, monkeypatch, device):
     """CPU tensors take the way of CUDA tensors everywhere: nobody may wait for their values, or launch for a seed.
 
-    The event and the generator that they meet are attributes of what the fixture returns.
+    The event and, on `device`, the generator that they meet are attributes of what the fixture returns.
     """
     from klnorm import finite, seeds
 
-    generator = PhiloxGenerator()
-    if device.type == "cpu":
-        monkeypatch.setattr(finite, "is_far", lambda tensor: True)
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
-        monkeypatch.setattr(seeds, "known_to_host", lambda x: True)
-        monkeypatch.setattr(seeds, "default_generator", lambda device: generator)
+    philox, default = PhiloxGenerator(), seeds.default_generator
+    monkeypatch.setattr(finite, "is_far", lambda tensor: True)
+    monkeypatch.setattr(finite, "recorded_event", lambda device: Event())
+    monkeypatch.setattr(seeds, "known_to_host", lambda x: True)
+    monkeypatch.setattr(seeds, "default_generator", lambda d: default(d) if d.type == "cuda" else philox)
     monkeypatch.setattr(Event, "late", False)
-    return SimpleNamespace(event=Event, generator=generator)
+    here = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+    return SimpleNamespace(event=Event, generator=seeds.default_generator(here))
 
 
 @pytest.fixture

@@ -20,8 +20,10 @@ LAYERS = {
 @contextlib.contextmanager
 def default_device(device):
     torch.set_default_device(device)
-    yield
-    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 both_ways = pytest.mark.parametrize("elsewhere", [torch.device, default_device], ids=["context", "set_default_device"])

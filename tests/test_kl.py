@@ -963,3 +963,13 @@ def test_models_are_told_apart_and_not_kept(device, like_cuda):
     del good
     gc.collect()
     assert reference() is None
+
+
+def test_a_rank_that_finds_it_later_communicates_with_nobody(device, like_cuda, monkeypatch):
+    """Ranks see their copies arrive at different calls: one that explained sharded layers alone would wait for all."""
+    model = broken(small_model(device))
+    kl_divergence(model)
+    monkeypatch.setattr(klnorm.finite, "is_sharded", lambda tensor: True)
+    monkeypatch.setattr(KLLayerNorm, "kl_divergence", None)
+    with pytest.raises(ValueError, match="KL divergence of a sharded layer was nan"):
+        kl_divergence(model)

@@ -363,3 +363,13 @@ def test_a_capture_without_a_value_on_the_device_is_refused(monkeypatch):
         ValueError, match=r"captured into a CUDA graph before .*Remedy: KLWeight\(\.\.\., device=device\)"
     ):
         KLWeight(num_examples=10)._factor(torch.device("cuda", 0))
+
+
+def test_a_weight_first_used_in_inference_mode_can_still_step(device):
+    model, kl_weight = KLLayerNorm(8, device=device), KLWeight(num_examples=10, warmup_steps=2)
+    with torch.inference_mode():
+        kl_weight._factors.clear()  # as on a device that it has not met
+        kl_weight(model)
+    kl_weight.step()
+    kl = kl_divergence(model).item()
+    assert kl_weight(model).item() == pytest.approx(0.05 * kl, rel=1e-6)
