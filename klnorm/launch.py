@@ -23,6 +23,7 @@ from .reference.kl_norm import FLOOR, accumulation_dtype
 from .versions import reaches
 
 _KEEPS = reaches(triton.__version__, (3, 3))  # compiled kernels; before, they took other arguments
+_NO_TENSORS = {type(None), int}  # among a kernel's inputs; an int is a seed, see `klnorm.seeds`
 
 
 class Target(NamedTuple):
@@ -69,7 +70,7 @@ class Call:
         compiled kernel is kept and launched directly where all that another one could be needed for is the same:
         which inputs there are, their dtypes, and whether they are aligned to 16 bytes, as new memory always is.
         """
-        kinds = tuple([_kind(t) for t in inputs])
+        kinds = tuple([(t.dtype, t.data_ptr() % 16) if type(t) not in _NO_TENSORS else type(t) for t in inputs])
         launch = self._compiled.get(kinds)
         if launch is not None:
             launch(*inputs, *outputs, *self._rest)
@@ -77,11 +78,6 @@ class Call:
         compiled = self.kernel[self.grid](*inputs, *outputs, *self._rest, **self.options)
         if _KEEPS and compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[kinds] = compiled[(*self.grid, 1)]
-
-
-def _kind(value):
-    """What of an input decides which kernel is compiled; an int is a seed, see `klnorm.seeds`."""
-    return (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else type(value)
 
 
 class Layout(NamedTuple):

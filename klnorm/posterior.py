@@ -174,12 +174,18 @@ class KLNorm(nn.Module):
 
     def posterior_and_prior(self):
         """The `Posterior` of scale and shift."""
-        return Posterior(*[_held(self, name) for name in Posterior._fields])
+        parameters, buffers = self._parameters, self._buffers  # looked at first, as nn.Module takes thrice as long
+        return Posterior(
+            *[
+                parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
+                for name in Posterior._fields
+            ]
+        )
 
     def posterior_parameters(self):
         """The parameters of the posterior that there are: weight, weight_rho and, with a shift, bias, bias_rho."""
-        parameters = [_held(self, key) for name in self._means for key in (name, f"{name}_rho")]
-        return [p for p in parameters if p is not None]
+        held = KLNorm.posterior_and_prior(self)
+        return [p for p in (held.weight, held.weight_rho, held.bias, held.bias_rho) if p is not None]
 
     def count_posteriors(self):
         """How many Gaussians the KL is a sum over: every scale and shift or, read deterministically, every feature."""
@@ -244,14 +250,6 @@ class KLNorm(nn.Module):
         else:
             ours = f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
         return ", ".join(part for part in (super().extra_repr(), ours) if part)
-
-
-def _held(module, name):
-    """`module.name`, a parameter or a buffer: found in a third of the time that nn.Module takes to look everywhere."""
-    for held in module._parameters, module._buffers:
-        if name in held:
-            return held[name]
-    return getattr(module, name)
 
 
 def _nothing(module, args):

@@ -93,6 +93,23 @@ def test_where_the_host_does_not_know_the_place_a_tensor_is_drawn(device, like_c
     assert drawn == [1]
 
 
-def test_a_key_does_not_compile_anew(device, like_cuda):
-    """All keys are integers of one kind for Triton, whatever their value."""
-    assert launch._kind(2**62) is launch._kind(2**63 - 16) is int
+def test_a_key_does_not_compile_anew(monkeypatch):
+    """All keys are integers of one kind, whatever their value: the kernel that was compiled for one takes all."""
+    compiled, launched = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: launched.append(args[0])
+
+    class Kernel:
+        arg_names = ("seed",)
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: compiled.append(args[0]) or Compiled()
+
+    monkeypatch.setattr(launch, "_KEEPS", True)
+    call = launch.Call(Kernel(), (1, 1), (), {}, 4)
+    for key in 2**62, 2**63 - 16, 2**62 + 1:
+        call.launch((key,), ())
+    assert compiled == [2**62]
+    assert launched == [2**63 - 16, 2**62 + 1]
