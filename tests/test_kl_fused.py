@@ -65,6 +65,7 @@ def test_under_distributed_data_parallel(device, computed, tmp_path):
         model, batch = DistributedDataParallel(bert(device)), new_batch(device)
         for _ in range(2):
             loss_of(model, batch).backward()
+        del model  # if it outlives its group, it can wait for gloo's thread for ever
     finally:
         torch.distributed.destroy_process_group()
     assert computed == [0, 0]
