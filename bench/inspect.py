@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from klnorm import launch, tuning
+from klnorm.reference.kl_norm import accumulation_dtype
+from klnorm.spec import Prior, Rows, dtypes_of, make_spec
 from klnorm.versions import reaches
 
 from .report import commit
@@ -94,27 +96,25 @@ def calls(n_cols, dtype, mode, arch):
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    acc = launch.accumulation_dtype(tensor(dtype=dtype))
+    acc = accumulation_dtype(tensor(dtype=dtype))
     draws, inner, rms, with_residual, groups = MODES[mode]
-    rows, rstd, kl = tensor(ROWS, n_cols, dtype=dtype), tensor(ROWS, dtype=acc), tensor(groups, dtype=acc)
-    mean, residual = None if rms else rstd, rows if with_residual else None
+    rows, statistics, kl = tensor(ROWS, n_cols, dtype=dtype), tensor(ROWS, 2, dtype=acc), tensor(groups, dtype=acc)
+    residual = rows if with_residual else None
     scale, shift = tensor(groups, n_cols), None if rms else tensor(groups, n_cols)
     parameters = [scale, shift, scale, shift, tensor(n_cols), None if rms else tensor(n_cols)]
     seed = None if mode == "eval" else tensor(1, dtype=torch.int64)
-    shape = target, seed is not None, ROWS, n_cols, rows.element_size(), draws, inner, groups
-    prior = 0.0, 0.0, 0.1
-    forward = launch.forward_call(*shape, rms, *launch._access(n_cols, rows, residual), *prior, 1e-5)
-    access = launch._access(n_cols, rows, rows, residual)
-    plan = launch.backward_plan(*shape, True, shift is not None, *access, *prior)
+    layout = Rows.of(seed is not None, ROWS, groups, draws, inner)
+    dtypes = dtypes_of(rows, residual, *parameters)
+    spec = make_spec("rms" if rms else "layer", "sampled", 1e-5, Prior(0.0, 0.0, 0.1), n_cols, layout, dtypes)
+    forward, _ = launch.forward_call(spec, target, *launch._access(n_cols, (rows, residual))[1:])
+    cotangents, access = dtypes_of(rows, residual, kl), launch._access(n_cols, (rows, rows, residual))[1:]
+    plan = launch.backward_plan(spec, target, cotangents, *access)
     partial, *row_sums = (tensor(*buffer, dtype=acc) for buffer in plan.buffers)
-    statistics = seed, mean, rstd
+    of_rows = rows, rows, residual, scale, scale, shift, statistics
     return {
-        "forward": (forward, (rows, residual, *parameters, seed, rows, residual, mean, rstd, kl)),
-        "backward": (
-            plan.rows,
-            (rows, rows, residual, scale, scale, shift, *statistics, rows, None, partial, *row_sums),
-        ),
-        "finalize": (plan.finalize, (partial, *parameters, seed, kl, *parameters[:4])),
+        "forward": (forward, (rows, residual, *parameters, rows, residual, statistics, kl, seed)),
+        "backward": (plan.rows, (*of_rows, rows, None, partial, *row_sums, seed)),
+        "finalize": (plan.finalize, (partial, kl, *parameters, *parameters[:4], seed)),
     }
 
 

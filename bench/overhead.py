@@ -3,13 +3,14 @@
     python -m bench.overhead [--json FILE]
 
 Everything runs but the kernels: checks, autograd, allocation, tuning, the arguments of every launch. In one figure
-Triton's side of a launch is stubbed out as well; in the other it runs, on a driver that does nothing, so that what a
-launch takes in CUDA's driver is missing. nn.LayerNorm's figure includes its CPU arithmetic, so it is also taken at a
-size where that is small; klnorm's does not depend on the size, but for the CPU's slow allocation of large tensors.
+Triton's side of a launch is stubbed out as well; in the others it runs, on a driver that does nothing, so that what a
+launch takes in CUDA's driver is missing. The floor is a bare autograd Function around two launches (`bench.bare`).
+Inputs are tiny, as nn.LayerNorm's figure includes its CPU arithmetic; klnorm's does not depend on the size.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -23,9 +24,11 @@ import triton
 from torch import nn
 from triton.backends.compiler import GPUTarget
 
-from klnorm import KLLayerNorm, launch, ops
+from klnorm import KLLayerNorm, launch, ops, seeds
 
-SHAPE, TINY = (8, 128, 768), (2, 2, 8)
+from .bare import BareNorm
+
+SHAPE = 2, 2, 8
 NOISES = "batch", "sample", "token"
 
 
@@ -45,9 +48,8 @@ def microseconds(functions, repeats=5, rounds=300):
     return best
 
 
-def forward_and_backward(layer, shape):
-    x = torch.randn(shape, requires_grad=True)
-    dy = torch.randn(shape)
+def forward_and_backward(layer):
+    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
     inputs = [x, *layer.parameters()]
 
     def run():
@@ -77,8 +79,22 @@ class Driver:
         return lambda *args: None
 
 
-def no_launch(call, inputs, outputs):
+def evaluation(layer, x):
+    def run():
+        with torch.no_grad():
+            layer(x)
+
+    return run
+
+
+def no_launch(call, inputs, outputs, seed):
     """In the place of `launch.Call.launch`."""
+
+
+# What the host sees of a CUDA generator, in C as there.
+GENERATOR = SimpleNamespace(
+    initial_seed=itertools.repeat(5).__next__, get_offset=itertools.count(0, 4).__next__, set_offset=abs
+)
 
 
 @contextlib.contextmanager
@@ -88,24 +104,44 @@ def way_of_cuda():
     with (
         mock.patch.object(ops, "_compute_forward", launch.forward),
         mock.patch.object(ops, "_compute_backward", launch.backward),
+        mock.patch.object(seeds, "known_to_host", torch.is_tensor),
+        mock.patch.object(seeds, "default_generator", {torch.device("cpu"): GENERATOR}.get),
     ):
         yield
 
 
-def measure(shapes=(SHAPE, TINY), **options):
+def measure(**options):
     """Name -> microseconds."""
     torch.set_num_threads(1)
-    native = {f"nn.LayerNorm {shape}": forward_and_backward(nn.LayerNorm(shape[-1]), shape) for shape in shapes}
-    ours = {
-        f"KLLayerNorm {shape}, {noise}": forward_and_backward(KLLayerNorm(shape[-1], noise=noise), shape)
-        for shape in shapes
-        for noise in NOISES
+    n, x = SHAPE[-1], torch.randn(SHAPE)
+    plain, layer = nn.LayerNorm(n), KLLayerNorm(n).eval()
+    others = {
+        "nn.LayerNorm": forward_and_backward(plain),
+        "floor": forward_and_backward(BareNorm(n)),
+        "evaluation, fp32: nn.LayerNorm": evaluation(plain, x),
+        "evaluation, fp32: KLLayerNorm": evaluation(layer, x),
+        "evaluation, bf16 beside fp32: nn.LayerNorm of x.float(), rounded": evaluation(
+            lambda x: plain(x.float()).bfloat16(), x.bfloat16()
+        ),
+        "evaluation, bf16 beside fp32: KLLayerNorm": evaluation(layer, x.bfloat16()),
     }
+    ours = {f"KLLayerNorm, {noise}": forward_and_backward(KLLayerNorm(n, noise=noise)) for noise in NOISES}
     with way_of_cuda():
-        with_triton = microseconds(ours, **options)
+        figures = microseconds(others | ours, **options)
         with mock.patch.object(launch.Call, "launch", no_launch):
-            figures = microseconds(native | ours, **options)
-    return figures | {f"{name}, Triton included": value for name, value in with_triton.items()}
+            without = microseconds(ours, **options)
+    return figures | {f"{name}, Triton's side left out": value for name, value in without.items()}
+
+
+def ratios(figures):
+    """Name -> how many times its baseline's time a figure of klnorm is."""
+    found = {
+        f"KLLayerNorm, {noise}, over the floor": figures[f"KLLayerNorm, {noise}"] / figures["floor"] for noise in NOISES
+    }
+    for case in "evaluation, fp32", "evaluation, bf16 beside fp32":
+        ours, plain = (next(v for k, v in figures.items() if k.startswith(f"{case}: {n}")) for n in ("KL", "nn"))
+        found[f"{case}, over nn.LayerNorm"] = ours / plain
+    return found
 
 
 def main(argv=None):
@@ -115,9 +151,12 @@ def main(argv=None):
     figures = measure()
     for name, value in figures.items():
         print(f"{value:9.1f} us  {name}")
+    for name, ratio in ratios(figures).items():
+        print(f"{ratio:9.2f} x   {name}")
     if args.json:
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        args.json.write_text(json.dumps({**versions, "microseconds": figures}, indent=1) + "\n")
+        result = {**versions, "microseconds": figures, "ratios": ratios(figures)}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

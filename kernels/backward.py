@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import load_std, sample, shared_normals
-from .rows import BATCH_SIZES, draws_of, group_start, in_group, load_parameter, row_at, run_of, tile_at
+from .rows import BATCH_SIZES, draws_of, group_start, in_group, load_parameter, load_statistics, row_at, run_of, tile_at
 
 # Slots of the partial sums [program, slot, feature].
 WEIGHT_SUM = tl.constexpr(0)  # of dy * xhat
@@ -29,19 +29,17 @@ def _deviations(weight_rho_ptr, bias_rho_ptr, own, mask, NOISE: tl.constexpr, AC
 
 @triton.jit
 def _tile_gradients(
-    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, gamma, scale_var, shift_var, k0, k1, first_col,
+    x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, gamma, scale_var, shift_var, k0, k1, first_col,
     x_stride, dy_stride,
-    NOISE: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
+    IS_RMS: tl.constexpr, NOISE: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
     BLOCK_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """(xhat, dy, dxhat, u, rstd) of a tile; u = dy * eps / std where every row has a draw of its own, else dy."""
     mask = row_mask & (cols < N)
-    rstd = tl.load(rstd_ptr + row, row_mask, other=0.0)
+    mean, rstd = load_statistics(statistics_ptr, row, row_mask, IS_RMS)
     x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(rstd.dtype)
     dy = tl.load(tile_at(dy_ptr, row, dy_stride, cols, VEC), mask, other=0.0).to(rstd.dtype)
-    if mean_ptr is not None:
-        x -= tl.load(mean_ptr + row, row_mask, other=0.0)
-    xhat = x * rstd  # not x * rstd - mean * rstd, one multiply-add, in which equal numbers do not cancel
+    xhat = (x - mean) * rstd  # not x * rstd - mean * rstd, one multiply-add, in which equal numbers do not cancel
     dxhat, u = dy * gamma, dy
     if NOISE == "merged":
         z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, BLOCK_N, FAST).to(rstd.dtype)
@@ -51,12 +49,12 @@ def _tile_gradients(
 
 
 @triton.jit
-def _row_sums(xhat, dxhat, RMS: tl.constexpr):
+def _row_sums(xhat, dxhat, IS_RMS: tl.constexpr):
     """Sums [rows, 1] of dxhat, which RMSNorm does not need, and of dxhat * xhat, in one reduction.
 
     Two would wait for each other's barriers.
     """
-    if RMS:
+    if IS_RMS:
         along_xhat = tl.sum(dxhat * xhat, axis=1, keep_dims=True)
         return tl.zeros(along_xhat.shape, along_xhat.dtype), along_xhat
     else:
@@ -68,17 +66,17 @@ def _row_sums(xhat, dxhat, RMS: tl.constexpr):
 @triton.jit
 def _store_input_gradient(
     xhat, dxhat, rstd, along_one, along_xhat, dsum_ptr, dx_ptr, dresidual_ptr, row, cols, mask, dsum_stride,
-    RMS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
+    IS_RMS: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """rstd * (dxhat - along_one - xhat * along_xhat), two multiply-adds an element, plus the gradient of the sum.
 
     A row of one feature has no gradient, which rounding in multiply-adds would not leave at 0.
     """
     dx = dxhat * rstd
-    if not RMS:
+    if not IS_RMS:
         dx -= along_one * rstd
     dx -= xhat * (along_xhat * rstd)
-    if N == 1 and not RMS:
+    if N == 1 and not IS_RMS:
         dx = tl.zeros_like(dx)
     if dsum_ptr is not None:
         dx += tl.load(tile_at(dsum_ptr, row, dsum_stride, cols, VEC), mask, other=0.0).to(dx.dtype)
@@ -117,8 +115,8 @@ def _beside(left, right):
 @triton.jit
 def _add_half(
     sum_w, sum_b, sum_s, sum_t,
-    x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, first_col, x_stride, dy_stride,
-    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr,
+    x_ptr, dy_ptr, statistics_ptr, own_ptr, row, row_mask, k0, k1, first_col, x_stride, dy_stride,
+    IS_RMS: tl.constexpr, HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(xhat, dxhat, rstd, the column sums with the tile added); the parameters come from this program's slots."""
@@ -127,8 +125,8 @@ def _add_half(
     scale_var = tl.load(own_ptr + SCALE_SUM * N + cols, cols < N, other=0.0)
     shift_var = tl.load(own_ptr + SHIFT_SUM * N + cols, cols < N, other=1.0)  # never 0: its root divides
     xhat, dy, dxhat, u, rstd = _tile_gradients(
-        x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, row_mask, cols, weight, scale_var, shift_var,
-        k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
+        x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, weight, scale_var, shift_var,
+        k0, k1, first_col, x_stride, dy_stride, IS_RMS, NOISE, N, VEC, BLOCK_N, FAST,
     )  # fmt: skip
     sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
     return xhat, dxhat, rstd, sum_w, sum_b, sum_s, sum_t
@@ -137,8 +135,8 @@ def _add_half(
 @triton.jit
 def _add_halves(
     sum_w, sum_b, sum_s, sum_t,
-    x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, x_stride, dy_stride,
-    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr,
+    x_ptr, dy_ptr, statistics_ptr, own_ptr, row, row_mask, k0, k1, x_stride, dy_stride,
+    IS_RMS: tl.constexpr, HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(xhat, dxhat, rstd, the column sums with the tile added), one half of the row after the other.
@@ -151,12 +149,12 @@ def _add_halves(
     s0, s1 = _halves(sum_s)
     t0, t1 = _halves(sum_t)
     xhat0, dxhat0, rstd, w0, b0, s0, t0 = _add_half(
-        w0, b0, s0, t0, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, 0, x_stride, dy_stride,
-        HAS_BIAS, NOISE, FAST, N, VEC, HALF,
+        w0, b0, s0, t0, x_ptr, dy_ptr, statistics_ptr, own_ptr, row, row_mask, k0, k1, 0, x_stride, dy_stride,
+        IS_RMS, HAS_BIAS, NOISE, FAST, N, VEC, HALF,
     )  # fmt: skip
     xhat1, dxhat1, rstd, w1, b1, s1, t1 = _add_half(
-        w1, b1, s1, t1, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr, row, row_mask, k0, k1, HALF, x_stride, dy_stride,
-        HAS_BIAS, NOISE, FAST, N, VEC, HALF,
+        w1, b1, s1, t1, x_ptr, dy_ptr, statistics_ptr, own_ptr, row, row_mask, k0, k1, HALF, x_stride, dy_stride,
+        IS_RMS, HAS_BIAS, NOISE, FAST, N, VEC, HALF,
     )  # fmt: skip
     xhat, dxhat = _beside(xhat0, xhat1), _beside(dxhat0, dxhat1)
     return xhat, dxhat, rstd, _beside(w0, w1), _beside(b0, b1), _beside(s0, s1), _beside(t0, t1)
@@ -203,18 +201,17 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def backward_kernel(
-    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed, mean_ptr, rstd_ptr,
-    dx_ptr, dresidual_ptr, partial_ptr,
+    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, statistics_ptr,
+    dx_ptr, dresidual_ptr, partial_ptr, seed,
     x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
     group_rows, all_draws, all_inner,
-    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr,
-    FAST: tl.constexpr,
+    IS_RMS: tl.constexpr, HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr,
+    GROUPED: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
     SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BLOCK_N features, whole in registers; program i owns the i-th run of rows."""
-    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
-    RMS: tl.constexpr = mean_ptr is None
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     cols = tl.arange(0, BLOCK_N)[None, :]
     own = in_group(cols, N, GROUPED)
     own_ptr = _own_slots(partial_ptr, N, SLOTS)
@@ -240,20 +237,20 @@ def backward_kernel(
             row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
             if HALVES:
                 xhat, dxhat, rstd, sum_w, sum_b, sum_s, sum_t = _add_halves(
-                    sum_w, sum_b, sum_s, sum_t, x_ptr, dy_ptr, mean_ptr, rstd_ptr, own_ptr,
+                    sum_w, sum_b, sum_s, sum_t, x_ptr, dy_ptr, statistics_ptr, own_ptr,
                     row, position < last, k0, k1, x_stride, dy_stride,
-                    HAS_BIAS, NOISE, FAST, N, VEC, BLOCK_N,
+                    IS_RMS, HAS_BIAS, NOISE, FAST, N, VEC, BLOCK_N,
                 )  # fmt: skip
             else:
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
-                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
-                    k0, k1, 0, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
+                    x_ptr, dy_ptr, statistics_ptr, row, position < last, cols, gamma, scale_var, shift_var,
+                    k0, k1, 0, x_stride, dy_stride, IS_RMS, NOISE, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
-            along_one, along_xhat = _row_sums(xhat, dxhat, RMS)
+            along_one, along_xhat = _row_sums(xhat, dxhat, IS_RMS)
             _store_input_gradient(
                 xhat, dxhat, rstd, along_one / N, along_xhat / N, dsum_ptr, dx_ptr, dresidual_ptr,
-                row, cols, (position < last) & (cols < N), dsum_stride, RMS, N, VEC,
+                row, cols, (position < last) & (cols < N), dsum_stride, IS_RMS, N, VEC,
             )  # fmt: skip
         if HALVES:
             tl.debug_barrier()  # no thread still loads the parameters from the slots that are written next
@@ -265,18 +262,17 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def backward_wide_kernel(
-    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, seed, mean_ptr, rstd_ptr,
-    dx_ptr, dresidual_ptr, partial_ptr, row_sum_ptr,
+    x_ptr, dy_ptr, dsum_ptr, weight_ptr, weight_rho_ptr, bias_rho_ptr, statistics_ptr,
+    dx_ptr, dresidual_ptr, partial_ptr, row_sum_ptr, seed,
     x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
     group_rows, all_draws, all_inner,
-    HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr,
-    FAST: tl.constexpr,
+    IS_RMS: tl.constexpr, HAS_BIAS: tl.constexpr, NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr,
+    GROUPED: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any width, in pieces of BLOCK_N: first the run's row sums [n_rows, 2], then dx and the column sums."""
-    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
-    RMS: tl.constexpr = mean_ptr is None
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     own_ptr = _own_slots(partial_ptr, N, SLOTS)
     k0, k1 = load_key(seed)
     group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
@@ -294,13 +290,13 @@ def backward_wide_kernel(
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
-                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
-                    k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
+                    x_ptr, dy_ptr, statistics_ptr, row, position < last, cols, gamma, scale_var, shift_var,
+                    k0, k1, first_col, x_stride, dy_stride, IS_RMS, NOISE, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 seen = (position < last) & (first_col > 0)
                 along_one = tl.load(row_sum_ptr + 2 * row, seen, other=0.0)
                 along_xhat = tl.load(row_sum_ptr + 2 * row + 1, seen, other=0.0)
-                piece_one, piece_xhat = _row_sums(xhat, dxhat, RMS)
+                piece_one, piece_xhat = _row_sums(xhat, dxhat, IS_RMS)
                 tl.store(row_sum_ptr + 2 * row, along_one + piece_one, position < last)
                 tl.store(row_sum_ptr + 2 * row + 1, along_xhat + piece_xhat, position < last)
             tl.debug_barrier()  # one thread stored what all threads load next
@@ -316,15 +312,15 @@ def backward_wide_kernel(
                 position = (top + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
                 row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
                 xhat, dy, dxhat, u, rstd = _tile_gradients(
-                    x_ptr, dy_ptr, mean_ptr, rstd_ptr, row, position < last, cols, gamma, scale_var, shift_var,
-                    k0, k1, first_col, x_stride, dy_stride, NOISE, N, VEC, BLOCK_N, FAST,
+                    x_ptr, dy_ptr, statistics_ptr, row, position < last, cols, gamma, scale_var, shift_var,
+                    k0, k1, first_col, x_stride, dy_stride, IS_RMS, NOISE, N, VEC, BLOCK_N, FAST,
                 )  # fmt: skip
                 sum_w, sum_b, sum_s, sum_t = _add_tile(sum_w, sum_b, sum_s, sum_t, xhat, dy, u, NOISE, HAS_BIAS)
                 along_one = tl.load(row_sum_ptr + 2 * row, position < last, other=0.0)
                 along_xhat = tl.load(row_sum_ptr + 2 * row + 1, position < last, other=0.0)
                 _store_input_gradient(
                     xhat, dxhat, rstd, along_one / N, along_xhat / N, dsum_ptr, dx_ptr, dresidual_ptr,
-                    row, cols, (position < last) & (cols < N), dsum_stride, RMS, N, VEC,
+                    row, cols, (position < last) & (cols < N), dsum_stride, IS_RMS, N, VEC,
                 )  # fmt: skip
             _store_sums(
                 own_ptr, sum_w, sum_b, sum_s, sum_t, k0, k1, group_draw + draw, first_col, cols, draw == first_draw,

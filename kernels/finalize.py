@@ -79,9 +79,8 @@ def _store_deterministic_gradients(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def finalize_kernel(
-    partial_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed,
-    dkl_ptr,
-    dweight_ptr, dbias_ptr, dweight_rho_ptr, dbias_rho_ptr,
+    partial_ptr, dkl_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr,
+    dweight_ptr, dbias_ptr, dweight_rho_ptr, dbias_rho_ptr, seed,
     n_programs, runs_per_share, group_rows, all_draws, all_inner,
     weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, FLOOR: tl.constexpr,
     NOISE: tl.constexpr, SPAN: tl.constexpr, GROUPED: tl.constexpr, FAST: tl.constexpr,

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import kl_terms, kl_terms_deterministic, load_std, merged_variance, sample
-from .rows import BATCH_SIZES, draws_of, group_start, in_group, load_parameter, row_at, run_of, tile_at
+from .rows import BATCH_SIZES, draws_of, group_start, in_group, load_parameter, load_statistics, row_at, run_of, tile_at
 
 
 @triton.jit
@@ -91,18 +91,18 @@ def _rstd(squares, eps: tl.constexpr, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed,
-    y_ptr, sum_ptr, mean_ptr, rstd_ptr, kl_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr,
+    y_ptr, sum_ptr, statistics_ptr, kl_ptr, seed,
     x_stride, residual_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
     group_rows, all_draws, all_inner,
     weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, FLOOR: tl.constexpr,
-    eps: tl.constexpr,
+    eps: tl.constexpr, IS_RMS: tl.constexpr,
     NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most BLOCK_N features, whole in registers. Program 0 owns the KL, program 1 + i the run i of rows.
 
-    mean_ptr is None: RMSNorm, which subtracts no mean. weight_rho_ptr is None: the deterministic reading.
+    weight_rho_ptr is None: the deterministic reading.
     """
     if tl.program_id(0) == 0:
         _store_kl(
@@ -110,7 +110,7 @@ def forward_kernel(
             weight_prior, bias_prior, prior_std, FLOOR, GROUPED, N, BLOCK_N,
         )  # fmt: skip
         return
-    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     cols = tl.arange(0, BLOCK_N)[None, :]
     col_mask = cols < N
@@ -137,7 +137,7 @@ def forward_kernel(
             mask = row_mask & col_mask
             x = _load_sum(x_ptr, residual_ptr, sum_ptr, row, cols, mask, x_stride, residual_stride, N, VEC, ACC)
             centred = x
-            if mean_ptr is not None:
+            if not IS_RMS:
                 origin = _load_first(x_ptr, residual_ptr, sum_ptr, row, row_mask, x_stride, residual_stride, VEC, ACC)
                 mean = origin + tl.sum(tl.where(col_mask, x - origin, 0.0), axis=1, keep_dims=True) / N
                 centred = tl.where(col_mask, x - mean, 0.0)
@@ -146,19 +146,21 @@ def forward_kernel(
                 centred * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, 0, NOISE, HAS_BIAS, BLOCK_N, FAST
             )
             tl.store(tile_at(y_ptr, row, N // VEC, cols, VEC), y.to(y_ptr.dtype.element_ty), mask)
-            if mean_ptr is not None:
-                tl.store(mean_ptr + row, mean, row_mask)
-            tl.store(rstd_ptr + row, rstd, row_mask)
+            if IS_RMS:
+                tl.store(statistics_ptr + row, rstd, row_mask)
+            else:
+                tl.store(statistics_ptr + 2 * row, mean, row_mask)
+                tl.store(statistics_ptr + 2 * row + 1, rstd, row_mask)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def forward_wide_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr, seed,
-    y_ptr, sum_ptr, mean_ptr, rstd_ptr, kl_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, weight_rho_ptr, bias_rho_ptr, weight_prior_ptr, bias_prior_ptr,
+    y_ptr, sum_ptr, statistics_ptr, kl_ptr, seed,
     x_stride, residual_stride, n_draws, inner, rows_per_draw, run_rows, runs_per_share, share_rows,
     group_rows, all_draws, all_inner,
     weight_prior: tl.constexpr, bias_prior: tl.constexpr, prior_std: tl.constexpr, FLOOR: tl.constexpr,
-    eps: tl.constexpr,
+    eps: tl.constexpr, IS_RMS: tl.constexpr,
     NOISE: tl.constexpr, SPAN: tl.constexpr, ORDER: tl.constexpr, GROUPED: tl.constexpr, FAST: tl.constexpr,
     N: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +171,7 @@ def forward_wide_kernel(
             weight_prior, bias_prior, prior_std, FLOOR, GROUPED, N, BLOCK_N,
         )  # fmt: skip
         return
-    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     k0, k1 = load_key(seed)
     group_row, group_draw = group_start(group_rows, all_draws, all_inner, GROUPED)
@@ -183,11 +185,13 @@ def forward_wide_kernel(
             row = group_row + row_at(position, draw, n_draws, inner, rows_per_draw, ORDER)
             mean, rstd = _wide_statistics(
                 x_ptr, residual_ptr, sum_ptr, row, position < last, x_stride, residual_stride, eps,
-                mean_ptr is None, N, VEC, BLOCK_M, BLOCK_N, STAGES, ACC,
+                IS_RMS, N, VEC, BLOCK_M, BLOCK_N, STAGES, ACC,
             )  # fmt: skip
-            if mean_ptr is not None:
-                tl.store(mean_ptr + row, mean, position < last)
-            tl.store(rstd_ptr + row, rstd, position < last)
+            if IS_RMS:
+                tl.store(statistics_ptr + row, rstd, position < last)
+            else:
+                tl.store(statistics_ptr + 2 * row, mean, position < last)
+                tl.store(statistics_ptr + 2 * row + 1, rstd, position < last)
         tl.debug_barrier()  # threads load below what others have stored
         for first_col in range(0, N, BLOCK_N):
             cols = first_col + tl.arange(0, BLOCK_N)[None, :]
@@ -208,9 +212,8 @@ def forward_wide_kernel(
                     x = tl.load(tile_at(x_ptr, row, x_stride, cols, VEC), mask, other=0.0).to(ACC)
                 else:
                     x = tl.load(tile_at(sum_ptr, row, N // VEC, cols, VEC), mask, other=0.0).to(ACC)
-                if mean_ptr is not None:
-                    x -= tl.load(mean_ptr + row, position < last, other=0.0)
-                rstd = tl.load(rstd_ptr + row, position < last, other=0.0)
+                mean, rstd = load_statistics(statistics_ptr, row, position < last, IS_RMS)
+                x -= mean
                 y = _affine(
                     x * rstd, row, gamma, beta, scale_std, shift_std, k0, k1, first_col,
                     NOISE, HAS_BIAS, BLOCK_N, FAST,

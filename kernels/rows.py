@@ -79,6 +79,16 @@ def load_parameter(ptr, cols, mask, fill: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def load_statistics(ptr, row, row_mask, IS_RMS: tl.constexpr):
+    """(mean, 1 / deviation) [rows, 1]; RMSNorm has no mean, 0."""
+    if IS_RMS:
+        rstd = tl.load(ptr + row, row_mask, other=0.0)
+        return tl.zeros_like(rstd), rstd
+    else:
+        return tl.load(ptr + 2 * row, row_mask, other=0.0), tl.load(ptr + 2 * row + 1, row_mask, other=0.0)
+
+
+@triton.jit
 def tile_at(ptr, row, stride, cols, VEC: tl.constexpr):
     """Pointers [rows, cols] into a matrix whose rows start at multiples of VEC elements; `stride` counts VECs.
 

@@ -6,8 +6,6 @@ from numbers import Integral, Real
 
 import torch
 
-from .layout import group_layout
-
 NOISES = "batch", "sample", "token"
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 _MAX_ROWS = 1 << 32  # the draw is a 32-bit word of the counter
@@ -110,8 +108,9 @@ def check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior="sa
     return groups
 
 
-def check_groups(groups, n_rows, draws, inner):
-    """Raise unless `groups` of equal size divide the rows, and do not cut the samples that draws of noise belong to."""
+def check_groups(rows):
+    """Raise unless the groups are of equal size, and do not cut the samples that draws of noise belong to."""
+    groups, n_rows = rows.groups, rows.n_rows
     if not 1 <= groups <= _MAX_GROUPS:
         raise ValueError(f"weight has {groups} groups, expected 1 to {_MAX_GROUPS}: its first dimension counts them.")
     if n_rows % groups:
@@ -119,10 +118,10 @@ def check_groups(groups, n_rows, draws, inner):
             f"weight has {groups} groups, expected a divisor of {n_rows}, the number of rows of x: every group has as "
             "many rows. Remedy: pad x, or pass one row of parameters per sample."
         )
-    if n_rows and group_layout(draws, inner, n_rows // groups) is None:
+    if rows.in_group is None:
         raise ValueError(
-            f"weight has {groups} groups of {n_rows // groups} rows, which cut samples of {inner} neighbouring rows, "
-            'expected groups of whole samples, or samples of whole groups. Remedy: noise="batch" or "token".'
+            f"weight has {groups} groups of {rows.group_rows} rows, which cut samples of {rows.inner} neighbouring "
+            'rows, expected groups of whole samples, or samples of whole groups. Remedy: noise="batch" or "token".'
         )
 
 
@@ -146,20 +145,29 @@ def check_residual(residual, x):
 
 
 def check_prior(name, prior, x, shape):
-    """Raise unless `prior` is a finite number, or a tensor like the parameter that it is the prior mean of."""
-    if isinstance(prior, torch.Tensor):
+    """Raise unless `prior` is None or a tensor like the parameter that it is the prior mean of."""
+    if prior is not None:
         _check_like(name, prior, x, shape)
-    elif not _is_real(prior):
-        raise TypeError(f"{name} is a {type(prior).__name__}, expected a float or a tensor of shape {shape}.")
-    elif not math.isfinite(prior):
-        raise ValueError(f"{name} is {prior}, expected a finite number.")
+
+
+def check_prior_mean(name, value):
+    """Raise unless `value` is a finite number."""
+    if not _is_real(value):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a float or a tensor of normalized_shape.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, expected a finite number.")
+
+
+def check_sample_dim(sample_dim):
+    """Raise unless `sample_dim` is an int."""
+    if isinstance(sample_dim, bool) or not isinstance(sample_dim, int):
+        raise TypeError(f"sample_dim is a {type(sample_dim).__name__}, expected an int.")
 
 
 def resolve_sample_dim(x, n_normalized, sample_dim):
     """`sample_dim` as a non-negative dimension of `x`; raise where it is none, or a normalized one."""
+    check_sample_dim(sample_dim)
     leading = x.dim() - n_normalized
-    if isinstance(sample_dim, bool) or not isinstance(sample_dim, int):
-        raise TypeError(f"sample_dim is a {type(sample_dim).__name__}, expected an int.")
     if leading == 0:
         return 0
     dim = sample_dim + x.dim() if sample_dim < 0 else sample_dim

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import checks
-from .functional import normalize
+from .functional import Settings, normalize
 from .posterior import KLNorm, _nothing
 from .reference.kl_norm import accumulation_dtype
 from .sharded import is_sharded
+from .spec import Parameters
 
 # U V is 0 at first, and V like the weight of an nn.Linear.
 _LOW_RANK = {"condition_down": functools.partial(nn.init.kaiming_uniform_, a=5**0.5), "condition_up": nn.init.zeros_}
@@ -148,9 +149,9 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         alone = x.dim() == len(self.normalized_shape)
         samples = (x.unsqueeze(0) if alone else x).movedim(dim, 0)
         _check_samples(samples, x)
-        sampling = self.training or self._sampling
-        if sampling:
-            self._forget_kl()
+        sampling, compiling = self.training or self._sampling, torch.compiler.is_compiling()
+        if sampling and not compiling:
+            self._last_kl.forget()
         with _without_autocast(x.device.type):
             if self.condition == "self":
                 _check_absent("condition", condition, self.condition)
@@ -168,7 +169,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         if sampling:
             if not checks.in_backward():
                 self._last_condition.remember(c)
-            if not torch.compiler.is_compiling():
+            if kl.grad_fn is not None and not compiling:
                 self._last_kl.remember(kl, self._kl_inputs(), self.prior_std)
         return y
 
@@ -192,11 +193,11 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         # One sample's are passed like a KLLayerNorm's, so that its KL is the operator's own output as well, see LastKL.
         weight, weight_rho, *shift = (p.squeeze(0) for p in each.unflatten(2, self.normalized_shape))
         bias, bias_rho = shift or (None, None)
+        parameters = Parameters(weight, bias, weight_rho, bias_rho, self.weight_prior, self.bias_prior)
+        settings = Settings("layer", "sampled", self.noise, 0, self.prior_std, self.eps)
         y, _, kl = normalize(
-            samples, None, self.normalized_shape, weight, bias, weight_rho, bias_rho,
-            self.weight_prior, 0.0 if self.bias_prior is None else self.bias_prior, self.prior_std, self.eps,
-            self.noise, 0, sampling, None, self.generator, "sampled",
-        )  # fmt: skip
+            samples, None, self.normalized_shape, parameters, settings, sampling, generator=self.generator
+        )
         return y, kl
 
     def posterior_parameters(self):

@@ -5,12 +5,9 @@ Groups of rows are worked through one after the other. The rows of a group are v
 that every draw's sample (draws, 1, N) broadcasts over its rows.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-from .layout import first_draw, group_layout
 from .reference.kl_norm import (
     FLOOR,
     TINY_RHO,
@@ -21,138 +18,100 @@ from .reference.kl_norm import (
     row_mean,
 )
 from .reference.noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
+from .spec import Parameters
 
 
-class Posterior(NamedTuple):
-    """Parameters (N,) of one group of rows in the accumulation dtype; deviations and shift may be None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    weight_rho: torch.Tensor | None
-    bias_rho: torch.Tensor | None
-
-
-class Noise(NamedTuple):
-    """The noise of one group: its rows' draws and where among all rows and draws they begin."""
-
-    mode: str
-    seed: torch.Tensor | None
-    draws: int
-    inner: int
-    first_draw: int
-    first_row: int
-
-
-def forward(
-    x, residual, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed,
-    weight_prior_value, bias_prior_value, prior_std, eps, draws, inner, groups, rms,
-):  # fmt: skip
-    """(y, sum, kl, mean, rstd); the arguments are those of the operator in `klnorm.ops`."""
-    acc = accumulation_dtype(x)
+def forward(x, residual, parameters, seed, spec):
+    """(y, sum, kl, statistics) of `Parameters` and a `Spec`; statistics (M, 2): mean and rstd, (M, 1) for RMSNorm."""
+    acc, rows = accumulation_dtype(x), spec.rows
     z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype).contiguous()
-    posteriors = _posteriors(acc, groups, weight, bias, weight_rho, bias_rho)
-    priors = _priors(acc, weight_prior, bias_prior, weight_prior_value, bias_prior_value)
-    kl = [_kl(posterior, priors, prior_std) for posterior in posteriors]
-    kl = kl[0] if groups == 1 else torch.stack(kl)
+    posteriors = _by_group(acc, parameters, spec)
+    kl = [_kl(posterior, spec) for posterior in posteriors]
+    kl = kl[0] if rows.groups == 1 else torch.stack(kl)
 
-    rows = z.reshape(-1, weight.numel() // groups)
-    all_rows = rows.to(acc).contiguous()
-    mean = None if rms else row_mean(all_rows)[:, 0]
-    centred = all_rows if rms else all_rows - mean[:, None]
-    rstd = reciprocal_root((centred**2).mean(1) + eps)
-    parts = _parts(len(rows), groups, seed, draws, inner)
-    xhat = centred * rstd[:, None]
-    y = [_affine(xhat[part], *each) for part, *each in zip(parts[0], posteriors, parts[1], strict=True)]
-    y = (y[0] if groups == 1 else torch.cat(y)).reshape(x.shape).to(x.dtype)
+    centred = z.reshape(-1, spec.n_cols).to(acc).contiguous()
+    statistics = []
+    if spec.kind == "layer":
+        statistics = [row_mean(centred)]
+        centred = centred - statistics[0]
+    statistics.append(reciprocal_root((centred**2).mean(1, keepdim=True) + spec.eps))
+    xhat = centred * statistics[-1]
+    y = [_affine(xhat[part], posteriors[i], _Noise(seed, rows, i)) for i, part in enumerate(_parts(rows))]
+    y = (y[0] if rows.groups == 1 else torch.cat(y)).reshape(x.shape).to(x.dtype)
     # .data is no view, which autograd would not let anyone change in place, as nn.ReLU(inplace=True) does.
-    return y.data, None if residual is None else z, kl, mean, rstd
+    return y.data, None if residual is None else z, kl, torch.cat(statistics, 1)
 
 
-def backward(
-    dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed, mean, rstd,
-    weight_prior_value, bias_prior_value, prior_std, draws, inner, groups,
-):  # fmt: skip
+def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
     """(dx, dresidual, dweight, dbias, dweight_rho, dbias_rho), None where there is none, and dresidual like dx as well.
 
     `z` is what was normalized, x or its sum with the residual; `dy` and `dkl` may be None.
     """
-    acc = accumulation_dtype(z)
-    posteriors = _posteriors(acc, groups, weight, bias, weight_rho, bias_rho)
-    priors = _priors(acc, weight_prior, bias_prior, weight_prior_value, bias_prior_value)
-    n = weight.numel() // groups
+    acc, rows = accumulation_dtype(z), spec.rows
+    posteriors = _by_group(acc, parameters, spec)
     sums = [_zero_sums(posterior) for posterior in posteriors]
     dz = None
     if dy is not None:
-        xhat = z.reshape(-1, n).to(acc).contiguous()
-        xhat = (xhat if mean is None else xhat - mean[:, None]) * rstd[:, None]
-        g = dy.reshape(-1, n).to(acc).contiguous()
-        parts, noises = _parts(len(rstd), groups, seed, draws, inner)
+        xhat, rstd = z.reshape(-1, spec.n_cols).to(acc).contiguous(), statistics[:, -1:]
+        xhat = (xhat if spec.kind == "rms" else xhat - statistics[:, :1]) * rstd
+        g = dy.reshape(-1, spec.n_cols).to(acc).contiguous()
         dxhat = torch.empty_like(xhat)
-        for i, (part, noise) in enumerate(zip(parts, noises, strict=True)):
-            dxhat[part], sums[i] = _affine_backward(g[part], xhat[part], posteriors[i], noise)
+        for i, part in enumerate(_parts(rows)):
+            dxhat[part], sums[i] = _affine_backward(g[part], xhat[part], posteriors[i], _Noise(seed, rows, i))
         along_xhat = (dxhat * xhat).mean(1, keepdim=True)
-        along_one = 0 if mean is None else dxhat.mean(1, keepdim=True)
-        dz = (rstd[:, None] * (dxhat - along_one - xhat * along_xhat)).reshape(z.shape)
+        along_one = 0 if spec.kind == "rms" else dxhat.mean(1, keepdim=True)
+        dz = (rstd * (dxhat - along_one - xhat * along_xhat)).reshape(z.shape)
         if dsum is not None:
             dz = dz + dsum.to(acc)
     gradients = [
-        _parameter_gradients(posterior, priors, prior_std, *group_sums, None if dkl is None else dkl.reshape(-1)[i])
+        _parameter_gradients(posterior, spec.prior.std, *group_sums, None if dkl is None else dkl.reshape(-1)[i])
         for i, (posterior, group_sums) in enumerate(zip(posteriors, sums, strict=True))
     ]
-    like = weight, bias, weight_rho, bias_rho
     gradients = [
         None if p is None else torch.stack(part).to(p.dtype).view_as(p)
-        for p, part in zip(like, zip(*gradients, strict=True), strict=True)
+        for p, part in zip(parameters, zip(*gradients, strict=True), strict=False)
     ]
     dx = None if dz is None else dz.to(dy.dtype)
     dresidual = dz.to(z.dtype) if dz is not None and z.dtype != dy.dtype else None
     return dx, dresidual, *gradients
 
 
-def noise_mode(sampled, n_rows, draws):
-    """ "none" (evaluation), "merged" (every row its own draw) or "shared"."""
-    if not sampled:
-        return "none"
-    return "merged" if draws == n_rows else "shared"
+class _Noise:
+    """The noise of one group of rows: which draws they use, and where among all rows and draws they begin."""
+
+    def __init__(self, seed, rows, group):
+        self.seed, self.mode = seed, rows.noise
+        self.draws, self.inner = rows.in_group
+        self.first_draw, self.first_row = rows.first_draw(group), group * rows.group_rows
 
 
-def _posteriors(acc, groups, *parameters):
-    """The posterior of every group."""
-    split = [[None] * groups if p is None else p.reshape(groups, -1).to(acc) for p in parameters]
-    return [Posterior(*each) for each in zip(*split, strict=True)]
+def _by_group(acc, parameters, spec):
+    """`Parameters` (N,) of every group in the accumulation dtype, the prior's numbers where it has no tensors."""
+    groups = spec.rows.groups
+    split = [[None] * groups if p is None else p.reshape(groups, -1).to(acc) for p in parameters[:4]]
+    priors = [
+        number if tensor is None else tensor.reshape(-1).to(acc)
+        for tensor, number in zip(parameters[4:], spec.prior, strict=False)
+    ]
+    return [Parameters(*each, *priors) for each in zip(*split, strict=True)]
 
 
-def _priors(acc, weight_prior, bias_prior, weight_prior_value, bias_prior_value):
-    return (
-        weight_prior_value if weight_prior is None else weight_prior.reshape(-1).to(acc),
-        bias_prior_value if bias_prior is None else bias_prior.reshape(-1).to(acc),
-    )
+def _parts(rows):
+    """The rows of every group."""
+    return [slice(i * rows.group_rows, (i + 1) * rows.group_rows) for i in range(rows.groups)]
 
 
-def _parts(n_rows, groups, seed, draws, inner):
-    """(slices of the rows, Noise) of the groups."""
-    group_rows = n_rows // groups
-    mode = noise_mode(seed is not None, n_rows, draws)
-    shared = mode == "shared" and n_rows
-    layout = group_layout(draws, inner, group_rows) if shared else (1, group_rows)
-    starts = [i * group_rows for i in range(groups)]
-    firsts = [first_draw(i, draws, inner, group_rows) if shared else 0 for i in range(groups)]
-    noises = [Noise(mode, seed, *layout, first, start) for first, start in zip(firsts, starts, strict=True)]
-    return [slice(start, start + group_rows) for start in starts], noises
-
-
-def _kl(posterior, priors, prior_std):
-    weight_prior, bias_prior = priors
-    w, b, w_rho, b_rho = posterior
-    if w_rho is None:
-        return kl_deterministic(w, torch.zeros_like(w) if b is None else b, bias_prior, prior_std).sum()
-    kl = kl_normal(w, w_rho, weight_prior, prior_std).sum()
-    return kl if b is None else kl + kl_normal(b, b_rho, bias_prior, prior_std).sum()
+def _kl(posterior, spec):
+    w, b, w_rho, b_rho, w_prior, b_prior = posterior
+    if spec.posterior == "deterministic":
+        return kl_deterministic(w, torch.zeros_like(w) if b is None else b, b_prior, spec.prior.std).sum()
+    kl = kl_normal(w, w_rho, w_prior, spec.prior.std).sum()
+    return kl if b is None else kl + kl_normal(b, b_rho, b_prior, spec.prior.std).sum()
 
 
 def _affine(xhat, posterior, noise):
     """y (M, N) of a group's rows."""
-    w, b, w_rho, b_rho = posterior
+    w, b, w_rho, b_rho, *_ = posterior
     rows = _by_draw(xhat, noise)
     eps = _shared_normals(noise, w, b)
     y = rows * _sample(w, w_rho, eps, SCALE_STREAM)
@@ -165,7 +124,7 @@ def _affine(xhat, posterior, noise):
 
 def _affine_backward(g, xhat, posterior, noise):
     """dxhat (M, N) of a group's rows, and the sums over them that are the gradients of (weight, s, bias, t)."""
-    w, b, w_rho, b_rho = posterior
+    w, b, w_rho, b_rho, *_ = posterior
     shape = xhat.shape
     xhat, g = _by_draw(xhat, noise), _by_draw(g, noise)
     eps = _shared_normals(noise, w, b)
@@ -223,19 +182,19 @@ def _merged_variance(xhat, w_rho, b_rho):
     return variance if b_rho is None else variance + F.softplus(b_rho) ** 2
 
 
-def _parameter_gradients(posterior, priors, prior_std, dw, ds, db, dt, dkl):
+def _parameter_gradients(posterior, prior_std, dw, ds, db, dt, dkl):
     """(dweight, dbias, dweight_rho, dbias_rho) of a group, with the gradient of its KL divergence added."""
-    w, b, w_rho, b_rho = posterior
+    w, b, w_rho, b_rho, w_prior, b_prior = posterior
     if w_rho is None:
         if dkl is not None:
             ratio = w / prior_std
             dw = dw + dkl * (ratio - ratio / (ratio**2 + FLOOR**2)) / prior_std
-            db = db if b is None else db + dkl * (b - priors[1]) / prior_std**2
+            db = db if b is None else db + dkl * (b - b_prior) / prior_std**2
         return dw, db, None, None
-    dw, dw_rho = _gaussian_gradients(w, w_rho, priors[0], prior_std, dw, ds, dkl)
+    dw, dw_rho = _gaussian_gradients(w, w_rho, w_prior, prior_std, dw, ds, dkl)
     if b is None:
         return dw, None, dw_rho, None
-    db, db_rho = _gaussian_gradients(b, b_rho, priors[1], prior_std, db, dt, dkl)
+    db, db_rho = _gaussian_gradients(b, b_rho, b_prior, prior_std, db, dt, dkl)
     return dw, db, dw_rho, db_rho
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .posterior import SETTINGS, KLNorm, Posterior
+from .posterior import SETTINGS, KLNorm
+from .spec import Parameters
 from .trial import try_out
 
 
@@ -44,17 +45,15 @@ class KLForeignRMSNorm(KLNorm):
     def _evaluate(self, x):
         return super(KLNorm, self).forward(x)
 
-    def posterior_and_prior(self):
-        posterior, offset = super().posterior_and_prior(), self._convention.offset
+    def _in_use(self, held):
+        offset = self._convention.offset
         if not offset:
-            return posterior
+            return held
         # 1 + weight in bf16 would lose what training changes, and all have one dtype.
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        posterior = Posterior(*(None if tensor is None else tensor.to(dtype) for tensor in posterior))
-        prior = posterior.weight_prior
-        return posterior._replace(
-            weight=offset + posterior.weight, weight_prior=None if prior is None else offset + prior
-        )
+        dtype = torch.promote_types(held.weight.dtype, torch.float32)
+        held = Parameters(*(None if tensor is None else tensor.to(dtype) for tensor in held))
+        prior = held.weight_prior
+        return held._replace(weight=offset + held.weight, weight_prior=None if prior is None else offset + prior)
 
     def __reduce_ex__(self, protocol):
         """Copies and pickles name the layer's own class, which can be imported, and not the one made at run time."""

@@ -1,11 +1,29 @@
 """The functional forms: checks its arguments, lays out the draws, draws the seed."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from . import checks, ops, seeds
 from .reference.kl_norm import accumulation_dtype, draw_layout
+from .spec import Parameters, Prior, Rows, dtypes_of, make_spec
+
+
+class Settings(NamedTuple):
+    """What a layer is set to, and not learned; see `kl_layer_norm`. `kind`: "layer" or "rms".
+
+    The prior's means are those where no tensor gives them.
+    """
+
+    kind: str
+    posterior: str
+    noise: str
+    sample_dim: int
+    prior_std: float
+    eps: float | None
+    weight_prior: float = 0.0
+    bias_prior: float = 0.0
 
 
 def kl_layer_norm(
@@ -94,10 +112,11 @@ def kl_layer_norm(
         >>> torch.allclose(y, F.layer_norm(x, (8,), weight, bias), atol=1e-6), abs(round(kl.item(), 5))
         (True, 0.0)
     """
-    y, sum_, kl = normalize(
-        x, residual, checks.as_shape(normalized_shape), weight, bias, weight_rho, bias_rho, weight_prior, bias_prior,
-        prior_std, eps, noise, sample_dim, sample, seed, generator, posterior,
-    )  # fmt: skip
+    priors, values = _priors(weight_prior, bias_prior)
+    parameters = Parameters(weight, bias, weight_rho, bias_rho, *priors)
+    settings = _settings("layer", posterior, noise, sample_dim, prior_std, eps, *values)
+    shape = checks.as_shape(normalized_shape)
+    y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
     _check_finite(kl, weight=weight, bias=bias, weight_rho=weight_rho, bias_rho=bias_rho)
     return (y, kl) if residual is None else (y, sum_, kl)
 
@@ -141,64 +160,118 @@ def kl_rms_norm(
         >>> torch.equal(total, x + 1)
         True
     """
-    y, sum_, kl = normalize(
-        x, residual, checks.as_shape(normalized_shape), weight, None, weight_rho, None, weight_prior, 0.0, prior_std,
-        eps, noise, sample_dim, sample, seed, generator, posterior, rms=True,
-    )  # fmt: skip
+    priors, values = _priors(weight_prior, 0.0)
+    parameters = Parameters(weight, None, weight_rho, None, *priors)
+    settings = _settings("rms", posterior, noise, sample_dim, prior_std, eps, *values)
+    shape = checks.as_shape(normalized_shape)
+    y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
     _check_finite(kl, weight=weight, weight_rho=weight_rho)
     return (y, kl) if residual is None else (y, sum_, kl)
 
 
-def normalize(
-    x, residual, shape, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, prior_std, eps,
-    noise, sample_dim, sample, seed, generator, posterior, rms=False,
-):  # fmt: skip
-    """(y, sum or None, kl) without the check that the KL is finite, which a layer leaves to `klnorm.kl_divergence`."""
+_known = {}  # calls that have been checked -> their Spec
+_KNOWN_CALLS = 4096
+
+
+def normalize(x, residual, shape, parameters, settings, sample, seed=None, generator=None):
+    """(y, sum or None, kl) without the check that the KL is finite, which a layer leaves to `klnorm.kl_divergence`.
+
+    On small inputs the host is what takes the time, so a call that differs in values alone from an earlier one is not
+    checked again.
+    """
+    if ops.is_watched():
+        return _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator)
+    tensors = x, residual, *parameters
+    try:
+        kinds = [None if t is None else (type(t), t.shape, t.dtype, t.device, t.is_neg()) for t in tensors]
+        call = settings, sample, shape, x.layout, *kinds
+        spec = _known.get(call)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or nothing that can be looked up
+        call = spec = None
+    if spec is None:
+        if call is None or not ops.are_plain(*tensors):
+            return _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator)
+        prior, eps, rows = _check_call(x, residual, shape, parameters, settings, sample)
+        spec = make_spec(settings.kind, settings.posterior, eps, prior, math.prod(shape), rows, dtypes_of(*tensors))
+        if len(_known) >= _KNOWN_CALLS:
+            _known.clear()
+        _known[call] = spec
+    if spec.rows.noise == "none":
+        seed = None
+    elif seed is None and seeds.known_to_host(x):
+        if generator is not None:
+            checks.check_generator(generator, x)
+        seed = seeds.draw_key(seeds.default_generator(x.device) if generator is None else generator)
+    else:
+        seed = _seed_tensor(x, seed, generator)
+    y, sum_, kl = ops.compute(x, residual, parameters, seed, spec)
+    return y, sum_, kl if kl.dim() or parameters.weight.dim() == len(shape) else kl.reshape(1)
+
+
+def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator):
+    """The same by the operators, which others have to see."""
+    prior, eps, rows = _check_call(x, residual, shape, parameters, settings, sample)
+    seed = None if rows.noise == "none" else _seed_tensor(x, seed, generator)
+    numbers = *prior, eps, rows.draws, rows.inner, rows.groups, settings.kind == "rms"
+    y, sum_, kl = ops.compute_watched(x, residual, parameters, seed, numbers)
+    return y, sum_, kl.reshape(1) if rows.groups == 1 and parameters.weight.dim() > len(shape) else kl
+
+
+def _settings(*fields):
+    """`Settings` that are valid: those of a layer are checked with a call, but True would pass for a known 1."""
+    settings = Settings(*fields)
+    _check_settings(settings)
+    return settings
+
+
+def _check_settings(settings):
+    kind, posterior, noise, sample_dim, prior_std, eps, *values = settings
+    checks.check_config(prior_std, 0.0 if kind == "rms" and eps is None else eps, noise)
+    checks.check_posterior(posterior)
+    if noise == "sample":
+        checks.check_sample_dim(sample_dim)
+    for name, value in zip(("weight_prior", "bias_prior"), values, strict=True):
+        checks.check_prior_mean(name, value)
+
+
+def _check_call(x, residual, shape, parameters, settings, sample):
+    """Raise unless the arguments of a call fit each other; return (`Prior`, eps, `Rows`)."""
+    kind, posterior, noise, sample_dim, prior_std, eps, *values = settings
+    _check_settings(settings)
+    weight, bias, weight_rho, bias_rho, *priors = parameters
     checks.check_input(x, shape)
     checks.check_residual(residual, x)
-    eps = torch.finfo(accumulation_dtype(x)).eps if rms and eps is None else eps
-    checks.check_config(prior_std, eps, noise)
-    checks.check_posterior(posterior)
+    if kind == "rms" and eps is None:
+        eps = torch.finfo(accumulation_dtype(x)).eps
     groups = checks.check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior)
-    weight_prior, weight_prior_value = _prior("weight_prior", weight_prior, x, shape)
-    bias_prior, bias_prior_value = _prior("bias_prior", bias_prior, x, shape)
+    for name, prior in zip(("weight_prior", "bias_prior"), priors, strict=True):
+        checks.check_prior(name, prior, x, shape)
     sample = sample and posterior == "sampled"
     if noise == "sample" and sample:
         sample_dim = checks.resolve_sample_dim(x, len(shape), sample_dim)
     draws, inner = draw_layout(x.shape, len(shape), noise if sample else "batch", sample_dim)
     n_rows = x.numel() // math.prod(shape)
     checks.check_rows(n_rows)
+    rows = Rows.of(sample, n_rows, 1 if groups is None else groups, draws, inner)
     if groups is not None:
-        checks.check_groups(groups, n_rows, draws, inner)
-    function = ops.TransformableFunction if checks.transforming() else ops.KLNormFunction
-    seed = _seed(x, seed, generator) if sample else None
-    numbers = (
-        weight_prior_value, bias_prior_value, prior_std, eps, draws, inner, 1 if groups is None else groups, rms,
-    )  # fmt: skip
-    y, sum_, kl, *_ = function.apply(
-        x, residual, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed, numbers
-    )
-    return y, sum_, kl.reshape(1) if groups == 1 else kl
+        checks.check_groups(rows)
+    return Prior(*values, prior_std), eps, rows
 
 
-def _seed(x, seed, generator):
-    """The caller's seed (1,), or one drawn from torch's generator: an int where the host can make it, else a tensor."""
+def _seed_tensor(x, seed, generator):
+    """The caller's seed (1,), or one drawn from torch's generator by a kernel of its own."""
     if seed is not None:
         checks.check_seed(seed, x)
         return seed.reshape(1)
     checks.check_generator(generator, x)
-    if ops.is_plain(x) and seeds.known_to_host(x):
-        return seeds.draw_key(seeds.default_generator(x.device) if generator is None else generator)
     # With generator=, though it be None, this is the overload that inductor leaves to torch: eager's seeds.
     return torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
 
 
-def _prior(name, prior, x, shape):
-    """A prior mean as the operator takes it: (tensor, 0.0) or (None, number)."""
-    checks.check_prior(name, prior, x, shape)
-    if isinstance(prior, torch.Tensor):
-        return prior.detach() if prior.requires_grad else prior, 0.0
-    return None, float(prior)
+def _priors(*priors):
+    """Prior means as (tensors or None, numbers)."""
+    tensors = [prior.detach() if isinstance(prior, torch.Tensor) else None for prior in priors]
+    return tensors, [0.0 if isinstance(prior, torch.Tensor) else prior for prior in priors]
 
 
 def _check_finite(kl, **parameters):

@@ -25,15 +25,12 @@ class LastKL:
         self._repeated = False
 
     def remember(self, kl, inputs, prior_std):
-        """Hold `kl`, an output of `ops.KLNormFunction`, computed from `inputs`; let go of the one before."""
-        self.forget()
-        node = kl.grad_fn
-        if node is None or checks.transforming():
+        """Hold `kl`, an output of a Function of `klnorm.ops`, computed from `inputs`, outside of torch.compile."""
+        if checks.transforming():
             return
-        node.last_kl = self._self  # weakly, as this holds the node
-        self._kl, self._prior_std = kl, prior_std
+        kl.grad_fn.last_kl = self._self  # weakly, as this holds the node
+        self._kl, self._prior_std, self._repeated = kl, prior_std, checks.in_backward()
         self._inputs, self._states = inputs, _states(inputs)
-        self._repeated = checks.in_backward()
 
     def take(self, inputs, prior_std):
         """The KL tensor, or None where its graph is gone or spent, or the inputs have changed since.
@@ -43,7 +40,7 @@ class LastKL:
         kl = self._kl if self._taken is None else self._taken()
         if kl is None or kl.grad_fn.consumed or prior_std != self._prior_std:
             return None
-        if _states(inputs) != self._states:
+        if any(a is not b for a, b in zip(inputs, self._inputs, strict=True)) or _states(inputs) != self._states:
             return None
         if torch.is_grad_enabled():
             self._kl, self._taken = None, weakref.ref(kl)
@@ -59,11 +56,8 @@ class LastKL:
 
 
 def _states(tensors):
-    """What changes with tensors, their values or their part in autograd; a change in place through `.data` is not seen.
-
-    An id is that of the same tensor as long as somebody holds it, as LastKL does.
-    """
-    return [(id(t), t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
+    """What changes with tensors, their values or their part in autograd; not a change in place through `.data`."""
+    return [(t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
 
 
 def kl_divergence(model, *, check_finite=None):

@@ -4,29 +4,29 @@ Same arguments and results as `klnorm.cpu`. Forward launches one kernel, backwar
 tensors is worked out once for every shape, as on small inputs the host is what takes the time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
+import operator
 from typing import NamedTuple
 
 import torch
 import triton
 
 from . import tuning
-from .cpu import noise_mode
 from .kernels.backward import backward_kernel, backward_wide_kernel
 from .kernels.finalize import finalize_kernel
 from .kernels.forward import forward_kernel, forward_wide_kernel
-from .layout import group_layout
-from .reference.kl_norm import FLOOR, accumulation_dtype
+from .reference.kl_norm import FLOOR
+from .spec import dtypes_of
 from .versions import reaches
 
-_KEEPS = reaches(triton.__version__, (3, 3))  # compiled kernels; before, they took other arguments
-_NO_TENSORS = {type(None), int}  # among a kernel's inputs; an int is a seed, see `klnorm.seeds`
+# Versions whose compiled kernels can be launched directly, as was tried out; see `Call.launch`.
+_DIRECT = reaches(triton.__version__, (3, 6)) and not reaches(triton.__version__, (3, 8))
 
 
-class Target(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
     """What a launch needs to know of a device.
 
     `fast`: the noise may use NVIDIA's own instructions; `clusters`: a row may be split over several multiprocessors.
@@ -40,13 +40,15 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """A kernel with everything that its launches take but the tensors, which are its first arguments.
+    """A kernel with everything that its launches take but tensors and seed, which are its first arguments.
 
-    `grid`: programs, each of `num_ctas` blocks, and groups; `sizes`: the arguments after the tensors; `constants`: the
-    others, by name. It belongs to one device, as the compiled kernel does.
+    `device` is where the tensors are, `dtypes` tells what their dtypes are; `grid`: programs, each of `num_ctas`
+    blocks, and groups; `sizes`: the arguments after the seed; `constants`: the others, by name.
     """
 
     kernel: object
+    device: torch.device
+    dtypes: tuple
     grid: tuple
     sizes: tuple
     constants: dict
@@ -54,134 +56,116 @@ class Call:
     num_ctas: int = 1
 
     def __post_init__(self):
-        ordered = [self.constants[name] for name in self.kernel.arg_names if name in self.constants]
+        ordered = tuple([self.constants[name] for name in self.kernel.arg_names if name in self.constants])
+        widths = tuple([size < 2**31 for size in self.sizes])
         self._rest = *self.sizes, *ordered
-        self._compiled = {}
+        self._compiled = _compiled(
+            self.kernel, self.device, self.dtypes, widths, ordered, self.num_warps, self.num_ctas
+        )
+        self._launchers = {}
+        self._index = self.device.index if self.device.type == "cuda" else None
 
     @property
     def options(self):
         """Of the compiler; fused multiply-adds explicitly, since Triton's default for them changes with its version."""
         return {"num_warps": self.num_warps, "num_ctas": self.num_ctas, "enable_fp_fusion": True}
 
-    def launch(self, inputs, outputs):
-        """Launch, on the current device; `outputs` are new tensors, of dtypes that follow from the inputs'.
+    def launch(self, inputs, outputs, seed):
+        """Launch with new `outputs` and a seed that is an int, a tensor or None.
 
-        Triton examines every argument of every launch, constants too, which takes longer than all else here. So its
-        compiled kernel is kept and launched directly where all that another one could be needed for is the same:
-        which inputs there are, their dtypes, and whether they are aligned to 16 bytes, as new memory always is.
+        Triton examines every argument of every launch, constants too, which takes longer than all else here. So what
+        it has compiled is kept, whatever the sizes, and launched directly where nothing differs that another kernel
+        could be needed for: the kind of the seed, and which tensors are aligned to 16 bytes, as new memory always is.
         """
-        kinds = tuple([(t.dtype, t.data_ptr() % 16) if type(t) not in _NO_TENSORS else type(t) for t in inputs])
-        launch = self._compiled.get(kinds)
-        if launch is not None:
-            launch(*inputs, *outputs, *self._rest)
-            return
-        compiled = self.kernel[self.grid](*inputs, *outputs, *self._rest, **self.options)
-        if _KEEPS and compiled is not None:  # Triton's interpreter compiles nothing
-            self._compiled[kinds] = compiled[(*self.grid, 1)]
+        if self._index is not None and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self.launch(inputs, outputs, seed)
+        pointers = [0 if t is None else t.data_ptr() for t in inputs]
+        aligned = not functools.reduce(operator.or_, pointers) % 16
+        kind = type(seed) if aligned else (type(seed), *[p % 16 for p in pointers])
+        launcher = self._launchers.get(kind) or self._launcher(kind)
+        if launcher is None or _is_observed(self.kernel):
+            return self._launch_by_triton(kind, inputs, outputs, seed)
+        pointers += [0 if t is None else t.data_ptr() for t in outputs]
+        return launcher(*pointers, seed if type(seed) is int or seed is None else seed.data_ptr(), *self._rest)
+
+    def _launcher(self, kind):
+        """The launcher of this grid, of a kernel that a call of other sizes may have had compiled."""
+        compiled = self._compiled.get(kind)
+        if compiled is not None:
+            self._launchers[kind] = compiled[(*self.grid, 1)]
+        return self._launchers.get(kind)
+
+    def _launch_by_triton(self, kind, inputs, outputs, seed):
+        compiled = self.kernel[self.grid](*inputs, *outputs, seed, *self._rest, **self.options)
+        if _DIRECT and compiled is not None and not _is_observed(self.kernel):  # the interpreter compiles nothing
+            self._compiled[kind] = compiled
 
 
-class Layout(NamedTuple):
-    """How rows fall into groups with parameters of their own, and the rows of a group into draws of noise.
+@functools.lru_cache(4096)
+def _compiled(kernel, device, dtypes, widths, constants, num_warps, num_ctas):
+    """What Triton has compiled for launches that agree in these: kind, see `Call.launch` -> compiled kernel."""
+    return {}
 
-    `draws` and `inner` are those inside a group, `all_draws` and `all_inner` those of all rows.
+
+def _is_observed(kernel):
+    """Whether Triton has to make every launch itself, for what somebody wants to see of it: debugging, instrumentation.
+
+    Its hooks before and after launches are called all the same.
     """
-
-    noise: str
-    n_rows: int
-    groups: int
-    draws: int
-    inner: int
-    all_draws: int
-    all_inner: int
-
-    @property
-    def group_rows(self):
-        return self.n_rows // self.groups
-
-    @property
-    def rows_per_draw(self):
-        return self.group_rows // self.draws
-
-    @property
-    def order(self):
-        """How the rows of one draw lie, see `kernels/rows.py`: neighbours where the draws' dimension is outermost."""
-        if self.noise != "shared" or self.draws * self.inner == self.group_rows:
-            return "rows"
-        return "strided" if self.inner == 1 else "blocked"
-
-    @classmethod
-    def of(cls, sampled, n_rows, draws, inner, groups):
-        noise = noise_mode(sampled, n_rows, draws)
-        if noise != "shared" or not n_rows:
-            return cls(noise, n_rows, groups, 1, max(1, n_rows // groups), 1, max(1, n_rows))
-        return cls(noise, n_rows, groups, *group_layout(draws, inner, n_rows // groups), draws, inner)
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    return (
+        runtime.debug or runtime.add_stages_inspection_hook or compilation.instrumentation_mode or kernel.pre_run_hooks
+    )
 
 
-def forward(
-    x, residual, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed,
-    weight_prior_value, bias_prior_value, prior_std, eps, draws, inner, groups, rms,
-):  # fmt: skip
-    """(y, sum, kl, mean, rstd); the arguments are those of the operator in `klnorm.ops`."""
-    acc, device, n_cols = accumulation_dtype(x), x.device, weight.numel() // groups
-    n_rows = x.numel() // n_cols
-    rows, residual_rows = _rows(x, n_cols), None if residual is None else _rows(residual, n_cols)
-    call = forward_call(
-        _target(device), seed is not None, n_rows, n_cols, x.element_size(), draws, inner, groups, rms,
-        *_access(n_cols, rows, residual_rows), weight_prior_value, bias_prior_value, prior_std, eps,
-    )  # fmt: skip
+def forward(x, residual, parameters, seed, spec):
+    """(y, sum, kl, statistics) of `Parameters` and a `Spec`; statistics (M, 2): mean and rstd, (M, 1) for RMSNorm."""
+    device, rows = x.device, spec.rows
+    operands, vec, strides = _access(spec.n_cols, (x, residual))
+    call, acc = forward_call(spec, _target(device), vec, strides)
     y, sum_ = _empty_like(x), None if residual is None else _empty_like(residual)
-    kl = torch.empty(() if groups == 1 else groups, dtype=acc, device=device)
-    rstd = torch.empty(n_rows, dtype=acc, device=device)
-    mean = None if rms else torch.empty_like(rstd)
-    parameters = _contiguous(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
-    with _on_device_of(x):
-        call.launch((rows, residual_rows, *parameters, seed), (y, sum_, mean, rstd, kl))
-    return y, sum_, kl, mean, rstd
+    statistics = torch.empty((rows.n_rows, 1 if spec.kind == "rms" else 2), dtype=acc, device=device)
+    kl = statistics.new_empty(() if rows.groups == 1 else rows.groups)
+    call.launch((*operands, *_contiguous(parameters)), (y, sum_, statistics, kl), seed)
+    return y, sum_, kl, statistics
 
 
-def backward(
-    dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, weight_prior, bias_prior, seed, mean, rstd,
-    weight_prior_value, bias_prior_value, prior_std, draws, inner, groups,
-):  # fmt: skip
+def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
     """(dx, dresidual, dweight, dbias, dweight_rho, dbias_rho), None where there is none, and dresidual like dx as well.
 
     `z` is what was normalized, x or its sum with the residual; `dy` and `dkl` may be None.
     """
-    acc, device, n_cols = rstd.dtype, z.device, weight.numel() // groups
-    operands = [None if t is None or dy is None else _rows(t, n_cols) for t in (z, dy, dsum)]
-    plan = backward_plan(
-        _target(device), seed is not None, len(rstd), n_cols, z.element_size(), draws, inner, groups,
-        dy is not None, bias is not None, *_access(n_cols, *operands), weight_prior_value, bias_prior_value, prior_std,
-    )  # fmt: skip
-    parameters = _contiguous(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
-    gradients = [None if p is None else _empty_like(p) for p in (weight, bias, weight_rho, bias_rho)]
-    partial, *row_sums = [torch.empty(shape, dtype=acc, device=device) for shape in plan.buffers]
+    operands, vec, strides = _access(spec.n_cols, (z, dy, dsum) if dy is not None else (None,) * 3)
+    plan = backward_plan(spec, _target(z.device), dtypes_of(dy, dsum, dkl), vec, strides)
+    parameters = _contiguous(parameters)
+    weight, bias, weight_rho, bias_rho, *_ = parameters
+    buffers = [statistics.new_empty(shape) for shape in plan.buffers]
     dx = None if dy is None else _empty_like(dy)
     dresidual = None if dy is None or dy.dtype == z.dtype else _empty_like(z)
-    with _on_device_of(z):
-        if plan.rows is not None:
-            inputs = *operands, parameters[0], parameters[2], parameters[3], seed, mean, rstd
-            plan.rows.launch(inputs, (dx, dresidual, partial, *row_sums))
-        plan.finalize.launch((partial, *parameters, seed, *_contiguous(dkl)), gradients)
+    if plan.rows is not None:
+        plan.rows.launch((*operands, weight, weight_rho, bias_rho, statistics), (dx, dresidual, *buffers), seed)
+    gradients = [None if p is None else torch.empty_like(p) for p in (weight, bias, weight_rho, bias_rho)]
+    plan.finalize.launch((buffers[0], None if dkl is None else dkl.contiguous(), *parameters), gradients, seed)
     return dx, dresidual, *gradients
 
 
-@functools.lru_cache(1024)
-def forward_call(
-    target, sampled, n_rows, n_cols, itemsize, draws, inner, groups, rms, vec, strides,
-    weight_prior, bias_prior, prior_std, eps,
-):  # fmt: skip
-    """The launch of the forward kernel; `vec` and `strides`: `_access` to x and the residual."""
-    layout = Layout.of(sampled, n_rows, draws, inner, groups)
+@functools.lru_cache(4096)
+def forward_call(spec, target, vec, strides):
+    """(the launch of the forward kernel, the dtype it computes in), for an `_access` to x and the residual."""
+    rows, n_cols, itemsize = spec.rows, spec.n_cols, spec.dtypes[0].itemsize
+    draws, _ = rows.in_group
     tile = tuning.tile(n_cols, itemsize, clusters=target.clusters)
-    runs = tuning.forward_runs(layout.group_rows, layout.draws, groups, tile, n_cols * itemsize, target.multiprocessors)
-    sizes = *strides, *_walk(layout, runs), *_places(layout)
+    runs = tuning.forward_runs(rows.group_rows, draws, rows.groups, tile, n_cols * itemsize, target.multiprocessors)
+    sizes = *strides, *_walk(rows, runs)
     constants = {
-        "weight_prior": weight_prior, "bias_prior": bias_prior, "prior_std": prior_std, "FLOOR": FLOOR, "eps": eps,
-        **_constants(target, layout, runs, tile, n_cols, vec),
+        **_prior(spec), "eps": spec.eps, "IS_RMS": spec.kind == "rms",
+        **_constants(target, rows, runs, tile, n_cols, vec),
     }  # fmt: skip
     kernel = forward_wide_kernel if tile.wide else forward_kernel
-    return Call(kernel, (1 + runs.programs, groups), sizes, constants, tile.num_warps, tile.num_ctas)
+    grid = 1 + runs.programs, rows.groups
+    call = Call(kernel, target.device, spec.dtypes, grid, sizes, constants, tile.num_warps, tile.num_ctas)
+    return call, torch.float64 if itemsize == 8 else torch.float32
 
 
 class BackwardPlan(NamedTuple):
@@ -195,52 +179,67 @@ class BackwardPlan(NamedTuple):
     buffers: tuple
 
 
-@functools.lru_cache(1024)
-def backward_plan(
-    target, sampled, n_rows, n_cols, itemsize, draws, inner, groups, has_dy, has_bias, vec, strides,
-    weight_prior, bias_prior, prior_std,
-):  # fmt: skip
-    """The launches of a backward; `vec` and `strides`: `_access` to z, dy and dsum."""
-    layout = Layout.of(sampled, n_rows, draws, inner, groups)
+@functools.lru_cache(4096)
+def backward_plan(spec, target, cotangents, vec, strides):
+    """The launches of a backward: `dtypes_of` dy, dsum and dkl, `_access` to z, dy and dsum."""
+    rows, n_cols = spec.rows, spec.n_cols
+    z = spec.dtypes[1] or spec.dtypes[0]
+    has_dy, has_bias, itemsize = cotangents[0] is not None, spec.dtypes[3] is not None, z.itemsize
     splits = tuning.splits_in_registers(triton.__version__)
-    tile = tuning.tile(n_cols, itemsize, True, target.clusters, layout.noise == "merged" and has_bias, splits)
-    layout = layout if has_dy else layout._replace(n_rows=0)
-    runs = tuning.backward_runs(layout.group_rows, layout.draws, groups, tile, n_cols, itemsize, target.multiprocessors)
-    constants = {"HAS_BIAS": has_bias, **_constants(target, layout, runs, tile, n_cols, vec)}
-    constants["SLOTS"] = 4 if layout.noise == "merged" or constants["SPAN"] else 2
+    tile = tuning.tile(n_cols, itemsize, True, target.clusters, rows.noise == "merged" and has_bias, splits)
+    draws, _ = rows.in_group
+    runs = tuning.backward_runs(
+        rows.group_rows if has_dy else 0, draws, rows.groups, tile, n_cols, itemsize, target.multiprocessors
+    )
+    constants = {
+        "IS_RMS": spec.kind == "rms", "HAS_BIAS": has_bias, **_constants(target, rows, runs, tile, n_cols, vec)
+    }  # fmt: skip
+    constants["SLOTS"] = 4 if rows.noise == "merged" or constants["SPAN"] else 2
     if not tile.wide:
         constants["HALVES"] = tile.halves
-    sizes = *strides, *_walk(layout, runs), *_places(layout)
     kernel = backward_wide_kernel if tile.wide else backward_kernel
-    rows = Call(kernel, (runs.programs, groups), sizes, constants, tile.num_warps, tile.num_ctas)
-    partial = groups * runs.programs, constants["SLOTS"], n_cols
-    buffers = (partial, (n_rows, 2)) if tile.wide else (partial,)
+    grid, sizes = (runs.programs, rows.groups), (*strides, *_walk(rows, runs))
+    dtypes = z, *cotangents, *spec.dtypes
+    of_rows = Call(kernel, target.device, dtypes, grid, sizes, constants, tile.num_warps, tile.num_ctas)
+    partial = rows.groups * runs.programs, constants["SLOTS"], n_cols
+    buffers = (partial, (rows.n_rows, 2)) if tile.wide else (partial,)
 
     block_p, block_n, num_warps = tuning.finalizer_tile(n_cols)
-    sizes = runs.programs, runs.runs_per_share, *_places(layout)
+    sizes = runs.programs, runs.runs_per_share, *_places(rows)
     constants = {
-        "weight_prior": weight_prior, "bias_prior": bias_prior, "prior_std": prior_std, "FLOOR": FLOOR,
+        **_prior(spec),
         **{name: constants[name] for name in ("NOISE", "SPAN", "GROUPED", "FAST", "N", "SLOTS")},
         "BLOCK_P": block_p, "BLOCK_N": block_n,
     }  # fmt: skip
-    finalize = Call(finalize_kernel, (triton.cdiv(n_cols, block_n), groups), sizes, constants, num_warps)
-    return BackwardPlan(rows if runs.programs else None, finalize, buffers)
+    grid = triton.cdiv(n_cols, block_n), rows.groups
+    finalize = Call(finalize_kernel, target.device, dtypes, grid, sizes, constants, num_warps)
+    return BackwardPlan(of_rows if runs.programs else None, finalize, buffers)
 
 
-def _walk(layout, runs):
-    """Kernel arguments: how programs walk through the rows of a group."""
-    return layout.draws, layout.inner, layout.rows_per_draw, runs.run_rows, runs.runs_per_share, runs.share_rows
+def _walk(rows, runs):
+    """Kernel arguments: how programs walk through the rows of a group, and where these lie among all."""
+    draws, inner = rows.in_group
+    rows_per_draw = rows.group_rows // draws
+    return draws, inner, rows_per_draw, runs.run_rows, runs.runs_per_share, runs.share_rows, *_places(rows)
 
 
-def _places(layout):
+def _places(rows):
     """Kernel arguments: where a group's rows and draws lie among all."""
-    return layout.group_rows, layout.all_draws, layout.all_inner
+    return rows.group_rows, rows.draws, max(1, rows.inner)
 
 
-def _constants(target, layout, runs, tile, n_cols, vec):
+def _prior(spec):
+    prior = spec.prior
+    return {"weight_prior": prior.weight, "bias_prior": prior.bias, "prior_std": prior.std, "FLOOR": FLOOR}
+
+
+def _constants(target, rows, runs, tile, n_cols, vec):
+    draws, inner = rows.in_group
+    order = "rows" if rows.noise != "shared" or draws * inner >= rows.group_rows else "blocked"
     return {
-        "NOISE": layout.noise, "SPAN": layout.noise == "shared" and runs.span, "ORDER": layout.order,
-        "GROUPED": layout.groups > 1, "FAST": target.fast, "N": n_cols, "VEC": vec,
+        "NOISE": rows.noise, "SPAN": rows.noise == "shared" and runs.span,
+        "ORDER": "strided" if order == "blocked" and inner == 1 else order,
+        "GROUPED": rows.groups > 1, "FAST": target.fast, "N": n_cols, "VEC": vec,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
     }  # fmt: skip
 
@@ -249,32 +248,37 @@ def _empty_like(tensor):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _rows(x, n_cols):
-    """x, or as (M, N), with neighbouring features adjacent in memory: itself where its strides allow, else one copy."""
-    if x.is_contiguous():
-        return x
-    rows = x.reshape(-1, n_cols) if x.numel() else x.new_empty((0, n_cols))
-    return rows if rows.stride(1) == 1 or n_cols == 1 else rows.contiguous()
-
-
-def _access(n_cols, *operands):
-    """(vec, strides from row to row in units of it) of what `_rows` returns, or of None.
+def _access(n_cols, operands):
+    """(operands as rows, vec, strides from row to row in units of it); an operand may be None.
 
     `vec`: elements, a power of two up to 8, to which every row of the operands starts aligned.
     """
-    strides, starts = [], []
+    found, strides, starts = [], [], [8, n_cols]
     for rows in operands:
-        if rows is None:
-            strides.append(0)
-        else:
-            strides.append(n_cols if rows.is_contiguous() else rows.stride(0))
-            starts.append(rows.data_ptr() // rows.element_size())
-    vec = math.gcd(8, n_cols, *strides, *starts)
-    return vec, tuple([stride // vec for stride in strides])
+        stride = 0
+        if rows is not None:
+            stride = n_cols
+            if not rows.is_contiguous():
+                rows, stride = _rows(rows, n_cols)
+            starts += rows.data_ptr() // rows.itemsize, stride
+        found.append(rows)
+        strides.append(stride)
+    vec = math.gcd(*starts)
+    return found, vec, tuple([stride // vec for stride in strides])
 
 
-def _contiguous(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
+def _rows(x, n_cols):
+    """x as (M, N), with neighbouring features adjacent in memory, and the stride of its rows.
+
+    Itself where its strides allow, else one copy.
+    """
+    rows = x.reshape(-1, n_cols) if x.numel() else x.new_empty((0, n_cols))
+    rows = rows if rows.stride(1) == 1 or n_cols == 1 else rows.contiguous()
+    return rows, n_cols if rows.is_contiguous() else rows.stride(0)
+
+
+def _contiguous(tensors):
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 def _multiprocessors(device):
@@ -298,10 +302,3 @@ def _fast(device):
 def _target(device):
     clusters = tuning.has_clusters(_capability(device), triton.__version__)
     return Target(device, _multiprocessors(device), _fast(device), clusters)
-
-
-def _on_device_of(x):
-    """Triton launches on the current device, which must be that of x."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

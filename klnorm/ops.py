@@ -13,9 +13,11 @@ Arguments of the operators, in order:
     groups                               row r of M uses the parameters of group r // (M // groups)
     rms                                  RMSNorm: no mean is subtracted
 
-Forward returns y (as x), the sum with the residual (as that), kl (scalar, or (groups,), in nats), mean and rstd (M,),
-the latter three in fp32, or fp64 for fp64 `x`. What is not there is an empty tensor. Backward takes as z what was
-normalized, x or the sum.
+Forward returns y (as x), the sum with the residual (as that), kl (scalar, or (groups,), in nats) and statistics, (M, 2)
+of mean and 1 / deviation or, for RMSNorm, (M, 1); the latter two in fp32, or fp64 for fp64 `x`. What is not there is an
+empty tensor. Backward takes as z what was normalized, x or the sum.
+
+Inside of klnorm the tensors are `Parameters` and everything else is a `Spec`, see `klnorm.spec`.
 """
 
 import functools
@@ -23,30 +25,28 @@ import functools
 import torch
 
 from . import cpu
+from .spec import Parameters, Prior, Rows, Spec, dtypes_of, make_spec
 from .versions import require_triton
 
-_PARAMETERS = """
+_ARGUMENTS = """
     Tensor weight, Tensor? bias, Tensor? weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor? bias_prior,
     Tensor? seed"""
+_NUMBERS = """
+    float weight_prior_value, float bias_prior_value, float prior_std, float eps,
+    SymInt draws, SymInt inner, SymInt groups, bool rms"""
 
 _FORWARD = f"""norm_forward(
-    Tensor x, Tensor? residual, {_PARAMETERS}, float weight_prior_value, float bias_prior_value, float prior_std,
-    float eps, SymInt draws, SymInt inner, SymInt groups, bool rms
-) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
+    Tensor x, Tensor? residual, {_ARGUMENTS}, {_NUMBERS}
+) -> (Tensor, Tensor, Tensor, Tensor)"""
 
 # The gradients of z in the dtype of dy and, where that is another one, of z; then of the parameters.
 _BACKWARD = f"""norm_backward(
-    Tensor? dy, Tensor? dsum, Tensor? dkl, Tensor z, {_PARAMETERS}, Tensor? mean, Tensor rstd,
-    float weight_prior_value, float bias_prior_value, float prior_std, SymInt draws, SymInt inner, SymInt groups
+    Tensor? dy, Tensor? dsum, Tensor? dkl, Tensor z, {_ARGUMENTS}, Tensor statistics, {_NUMBERS}
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 _library = torch.library.Library("klnorm", "DEF")
 for _schema in _FORWARD, _BACKWARD:
     _library.define(" ".join(_schema.split()), tags=torch.Tag.pt2_compliant_tag)
-
-
-def _filled(outputs, like):
-    return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
 
 @functools.cache
@@ -58,17 +58,41 @@ def _launch():
     return launch
 
 
-def _compute_forward(*args):
-    return (_launch() if args[0].is_cuda else cpu).forward(*args)
+def _compute_forward(x, *args):
+    return (_launch() if x.is_cuda else cpu).forward(x, *args)
 
 
-def _compute_backward(*args):
-    return (_launch() if args[3].is_cuda else cpu).backward(*args)
+def _compute_backward(dy, dsum, dkl, z, *args):
+    return (_launch() if z.is_cuda else cpu).backward(dy, dsum, dkl, z, *args)
+
+
+def _forward_operator(x, residual, *args):
+    *parameters, seed = args[:7]
+    spec = _spec(x, dtypes_of(x, residual, *parameters), parameters, seed, *args[7:])
+    return _filled(_compute_forward(x, residual, Parameters(*parameters), seed, spec), x)
+
+
+def _backward_operator(dy, dsum, dkl, z, *args):
+    *parameters, seed, statistics = args[:8]
+    spec = _spec(z, dtypes_of(z if dy is None else dy, z, *parameters), parameters, seed, *args[8:])
+    return _filled(_compute_backward(dy, dsum, dkl, z, Parameters(*parameters), seed, statistics, spec), z)
+
+
+def _spec(x, dtypes, parameters, seed, weight_prior, bias_prior, prior_std, eps, draws, inner, groups, rms):
+    weight, _, weight_rho, *_ = parameters
+    n_cols = weight.numel() // groups
+    rows = Rows.of(seed is not None, x.numel() // n_cols, groups, draws, inner)
+    kind, posterior = "rms" if rms else "layer", "deterministic" if weight_rho is None else "sampled"
+    return make_spec(kind, posterior, eps, Prior(weight_prior, bias_prior, prior_std), n_cols, rows, dtypes)
 
 
 for _key in "CPU", "CUDA":
-    _library.impl("norm_forward", lambda *args: _filled(_compute_forward(*args), args[0]), _key)
-    _library.impl("norm_backward", lambda *args: _filled(_compute_backward(*args), args[3]), _key)
+    _library.impl("norm_forward", _forward_operator, _key)
+    _library.impl("norm_backward", _backward_operator, _key)
+
+
+def _filled(outputs, like):
+    return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
 
 def _empty_like(tensor):
@@ -79,9 +103,10 @@ def _empty_like(tensor):
 @torch.library.register_fake("klnorm::norm_forward", lib=_library)
 def _forward_fake(x, residual, weight, *args):
     *_, groups, rms = args
-    rstd = x.new_empty((x.numel() * groups // weight.numel(),), dtype=cpu.accumulation_dtype(x))
-    kl = rstd.new_empty(() if groups == 1 else (groups,))
-    return _filled((_empty_like(x), _empty_like(residual), kl, None if rms else torch.empty_like(rstd), rstd), x)
+    n_rows = x.numel() * groups // weight.numel()
+    statistics = x.new_empty((n_rows, 1 if rms else 2), dtype=cpu.accumulation_dtype(x))
+    kl = statistics.new_empty(() if groups == 1 else (groups,))
+    return _filled((_empty_like(x), _empty_like(residual), kl, statistics), x)
 
 
 @torch.library.register_fake("klnorm::norm_backward", lib=_library)
@@ -91,89 +116,87 @@ def _backward_fake(dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, *_):
     return _filled((dx, dresidual, *map(_empty_like, (weight, bias, weight_rho, bias_rho))), z)
 
 
-_TENSORS = {torch.Tensor, torch.nn.Parameter}
-_PLAIN = _TENSORS | {float, int, bool, type(None)}
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 # Private, as nothing public tells; where a version of torch lacks them, every call is the operator's.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _active_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
 _has_storage = getattr(torch._C, "_has_storage", lambda tensor: False)
 
 
-def is_plain(x, *args):
-    """Whether torch's dispatcher, which costs more than all else here, would only pass a call of an operator on.
+def is_watched():
+    """Whether tracing, a transform or a dispatch mode has to see the operators now."""
+    return torch.compiler.is_compiling() or _transforms_active() or _active_modes()
 
-    Tracing, transforms, dispatch modes, subclasses of tensors and the meta device have to see the operator. So have
-    tensors whose memory holds the negative of their values, which the dispatcher turns into plain ones.
+
+def are_plain(*tensors):
+    """Whether torch's dispatcher, which costs more than all else here, would only pass an operator of these on.
+
+    Subclasses of tensors and the meta device have to see it. So have tensors whose memory holds the negative of their
+    values, which the dispatcher turns into plain ones, and those of is_grads_batched=True, which have no memory.
     """
-    seen = torch.compiler.is_compiling() or _transforms_active() or _active_modes() or x.is_meta
-    if seen or not _PLAIN.issuperset(map(type, (x, *args))):
-        return False
-    return True not in [arg.is_neg() for arg in args if type(arg) in _TENSORS]
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t.is_meta or not _has_storage(t)):
+            return False
+    return True
 
 
-def _forward(*args):
-    """As the operator, or None for what is not there; the seed may be an int as well."""
-    if is_plain(args[0], *args):
-        return _compute_forward(*args)
-    return torch.ops.klnorm.norm_forward.default(*args[:8], _seed_tensor(args[8], args[0]), *args[9:])
+def compute(x, residual, parameters, seed, spec):
+    """(y, sum or None, kl) of plain tensors where nobody watches; the seed is a tensor, an int or None."""
+    if torch.is_grad_enabled():
+        return KLNormFunction.apply(x, residual, *parameters[:4], (parameters[4:], seed, spec))
+    return _compute_forward(x, residual, parameters, seed, spec)[:3]
 
 
-def _backward(*args):
-    """As the operator, or None for what is not there; the seed may be an int as well."""
-    # The cotangents of is_grads_batched=True look like ordinary tensors, but have no memory.
-    if is_plain(args[3], *args) and all(g is None or _has_storage(g) for g in args[:3]):
-        return _compute_backward(*args)
-    return torch.ops.klnorm.norm_backward.default(*args[:10], _seed_tensor(args[10], args[3]), *args[11:])
-
-
-def _seed_tensor(seed, x):
-    return torch.tensor([seed], device=x.device) if isinstance(seed, int) else seed
+def compute_watched(x, residual, parameters, seed, numbers):
+    """The same of any tensors, by the operators; the seed is a tensor or None."""
+    function = TransformableFunction if _transforms_active() and not torch.compiler.is_compiling() else OperatorFunction
+    return function.apply(x, residual, *parameters, seed, numbers)[:3]
 
 
 class KLNormFunction(torch.autograd.Function):
-    """(y, sum, kl) and the gradients of them. Saves z, the parameters, the seed, and mean and rstd of every row.
+    """(y, sum, kl) and the gradients of them. Saves z, the parameters, the seed and the statistics of every row.
 
-    The seed is a tensor or an int, see `klnorm.seeds`. Takes the tensors among the operator's arguments and then the
-    numbers in one tuple: autograd spends time on each.
+    For plain tensors where nobody watches: autograd spends time on every argument, and microseconds on Functions that
+    torch.func can transform.
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, numbers = inputs
-        y, sum_, kl, mean, rstd = _forward(*tensors, *numbers)
-        _save(ctx, inputs, sum_, mean, rstd)
-        return y, sum_ if ctx.has_residual else None, kl
+    def forward(ctx, x, residual, weight, bias, weight_rho, bias_rho, others):
+        priors, seed, spec = others
+        parameters = Parameters(weight, bias, weight_rho, bias_rho, *priors)
+        y, sum_, kl, statistics = _compute_forward(x, residual, parameters, seed, spec)
+        _save(ctx, x if residual is None else sum_, parameters, seed, statistics, spec)
+        ctx.has_residual = residual is not None
+        return y, sum_, kl
 
     @staticmethod
     def backward(ctx, dy, dsum, dkl):
-        ctx.consumed = True
-        if ctx.last_kl is not None and (last_kl := ctx.last_kl()) is not None:
-            last_kl.release(ctx)
-        gradients = _GradientsOnce.apply if torch.is_grad_enabled() else _gradients
-        *tensors, seed, mean, rstd = ctx.saved_tensors
-        seed = seed if ctx.key is None else ctx.key
-        dx, dresidual, *rest = gradients(dy, dsum, dkl, *tensors, seed, mean, rstd, *ctx.numbers)
-        if ctx.has_residual:  # autograd casts dsum to the dtype of x
-            dx, dresidual = (dsum, dsum) if dy is None else (dx, dx if dresidual is None else dresidual)
-        return dx, dresidual, *rest, None, None, None, None
+        return *_backward(ctx, dy, dsum, dkl), None
 
 
-class TransformableFunction(KLNormFunction):
-    """The same under torch.func's transforms. Apart, because autograd spends microseconds on calls of this form."""
+class OperatorFunction(torch.autograd.Function):
+    """The same for everybody else, by the operators; statistics are an output here."""
 
     @staticmethod
-    def forward(*inputs):
-        *tensors, numbers = inputs
-        return torch.ops.klnorm.norm_forward.default(*tensors, *numbers)
+    def forward(x, residual, *args):
+        *parameters, seed, numbers = args
+        y, sum_, kl, statistics = torch.ops.klnorm.norm_forward.default(x, residual, *parameters, seed, *numbers)
+        return y, None if residual is None else sum_, kl, statistics
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, sum_, _, *statistics = output
-        _save(ctx, inputs, sum_, *statistics)
+        x, residual, *parameters, seed, numbers = inputs
+        _, sum_, _, statistics = output
+        _save(ctx, x if residual is None else sum_, parameters, seed, statistics, numbers)
+        ctx.has_residual = residual is not None
 
     @staticmethod
-    def backward(ctx, dy, dsum, dkl, *_):
-        return KLNormFunction.backward(ctx, dy, dsum, dkl)
+    def backward(ctx, dy, dsum, dkl, _):
+        return *_backward(ctx, dy, dsum, dkl), None, None, None, None
+
+
+class TransformableFunction(OperatorFunction):
+    """The same under torch.func's transforms. Apart, because torch.compile takes no Function that has these rules."""
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -187,33 +210,55 @@ class TransformableFunction(KLNormFunction):
         )
 
 
-def _save(ctx, inputs, sum_, mean, rstd):
-    x, residual, *parameters, seed, numbers = inputs
-    weight_prior_value, bias_prior_value, prior_std, _, draws, inner, groups, rms = numbers
+def _save(ctx, z, parameters, seed, statistics, work):
+    """For `_backward`; `work`: a Spec, or the numbers of the operators."""
     ctx.last_kl, ctx.consumed = None, False  # for klnorm.kl: who holds this graph, and whether it is spent
-    ctx.has_residual = residual is not None
-    ctx.key, seed = (seed, None) if isinstance(seed, int) else (None, seed)
-    ctx.save_for_backward(sum_ if ctx.has_residual else x, *parameters, seed, None if rms else mean, rstd)
-    ctx.numbers = weight_prior_value, bias_prior_value, prior_std, draws, inner, groups
+    ctx.key, seed = (seed, None) if type(seed) is int else (None, seed)
+    ctx.save_for_backward(z, *parameters, seed, statistics)
     ctx.set_materialize_grads(False)
+    ctx.work = work
 
 
-def _gradients(dy, dsum, dkl, z, *args):
-    """As the operator's, None for what there is not."""
-    dx, dresidual, *rest = _backward(dy, dsum, dkl, z, *args)
+def _backward(ctx, dy, dsum, dkl):
+    """The gradients of x, the residual and the four parameters."""
+    ctx.consumed = True
+    if ctx.last_kl is not None and (last_kl := ctx.last_kl()) is not None:
+        last_kl.release(ctx)
+    z, *parameters, seed, statistics = ctx.saved_tensors
+    seed = seed if ctx.key is None else ctx.key
+    if torch.is_grad_enabled():
+        gradients = _GradientsOnce.apply(dy, dsum, dkl, z, *parameters, seed, statistics, ctx.work)
+    else:
+        gradients = _gradients(dy, dsum, dkl, z, parameters, seed, statistics, ctx.work)
+    if not ctx.has_residual:
+        return gradients
+    dx, dresidual, *rest = gradients
     if dy is None:
-        dx = None
-    if dy is None or dy.dtype == z.dtype:
-        dresidual = None
-    return dx, dresidual, *(None if p is None else gradient for p, gradient in zip(args, rest, strict=False))
+        return dsum, dsum, *rest  # autograd casts it to the dtype of x
+    return dx, dx if dresidual is None else dresidual, *rest
+
+
+def _gradients(dy, dsum, dkl, z, parameters, seed, statistics, work):
+    """As the operator's, None for what there is not."""
+    if type(work) is Spec and not is_watched() and are_plain(dy, dsum, dkl):
+        return _compute_backward(dy, dsum, dkl, z, Parameters(*parameters), seed, statistics, work)
+    seed = torch.tensor([seed], device=z.device) if type(seed) is int else seed
+    numbers = work.numbers if type(work) is Spec else work
+    dx, dresidual, *rest = torch.ops.klnorm.norm_backward.default(
+        dy, dsum, dkl, z, *parameters, seed, statistics, *numbers
+    )
+    dresidual = None if dy is None or dy.dtype == z.dtype else dresidual
+    rest = [None if p is None else gradient for p, gradient in zip(parameters, rest, strict=False)]
+    return None if dy is None else dx, dresidual, *rest
 
 
 class _GradientsOnce(torch.autograd.Function):
     """The gradients where autograd records (create_graph=True): their derivatives must raise, not come out as zero."""
 
     @staticmethod
-    def forward(*inputs):
-        return _gradients(*inputs)
+    def forward(dy, dsum, dkl, z, *args):
+        *parameters, seed, statistics, work = args
+        return _gradients(dy, dsum, dkl, z, parameters, seed, statistics, work)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,31 +1,20 @@
 """What every KL layer has and the norm that it stands for has not: a posterior over its scale and shift."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from . import checks
-from .functional import normalize
+from .functional import Settings, normalize
 from .kl import LastKL, kl_divergence
 from .reference.kl_norm import kl_deterministic, kl_normal
+from .spec import Parameters
 
 SETTINGS = (
     "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior",
     "_last_kl", "_sampling", "_shortcut_guard",
 )  # fmt: skip
-
-
-class Posterior(NamedTuple):
-    """What multiplies and what is added: means, deviations before softplus, prior means; None where there is none."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    weight_rho: torch.Tensor | None
-    bias_rho: torch.Tensor | None
-    weight_prior: torch.Tensor | None
-    bias_prior: torch.Tensor | None
 
 
 class KLNorm(nn.Module):
@@ -146,45 +135,51 @@ class KLNorm(nn.Module):
         """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode."""
         if not (self.training or self._sampling):
             return self._evaluate(x)
-        self._forget_kl()
-        y, _, kl = self._norm_and_kl(x, sample=True)
-        if not torch.compiler.is_compiling():
-            self._last_kl.remember(kl, self._kl_inputs(), self.prior_std)
+        compiling, held = torch.compiler.is_compiling(), self._held()
+        if not compiling:
+            self._last_kl.forget()
+        y, kl = self._norm_and_kl(x, held, sample=True)
+        if not compiling and kl.grad_fn is not None:
+            self._last_kl.remember(kl, held, self.prior_std)
         return y
 
     def _evaluate(self, x):
-        if not getattr(x, "is_nested", False):  # which nn.TransformerEncoder passes, and F.layer_norm takes
-            checks.check_input(x, self.normalized_shape)
-        native = x.dtype == self.weight.dtype and (
-            x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)
-        )
-        if native:
+        dtype = getattr(x, "dtype", None)
+        if dtype == self.weight.dtype and (dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)):
+            if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
+                checks.check_input(x, self.normalized_shape)
             return super().forward(x)
-        return self._norm_and_kl(x, sample=False)[0]  # torch's norm would refuse the mixed dtypes, or return fp32
+        # torch's norm would refuse the mixed dtypes, or return fp32
+        return self._norm_and_kl(x, self._held(), sample=False)[0]
 
-    def _norm_and_kl(self, x, sample):
+    def _norm_and_kl(self, x, held, sample):
         shape, eps = self._shape_and_eps()
-        *parameters, weight_prior, bias_prior = self.posterior_and_prior()
-        return normalize(
-            x, None, shape, *parameters,
-            0.0 if weight_prior is None else weight_prior, 0.0 if bias_prior is None else bias_prior,
-            self.prior_std, eps, self.noise, self.sample_dim, sample, None, self.generator, self.posterior,
-            self._is_rms,
-        )  # fmt: skip
+        kind = "rms" if self._is_rms else "layer"
+        settings = Settings(kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps)
+        y, _, kl = normalize(x, None, shape, self._in_use(held), settings, sample, generator=self.generator)
+        return y, kl
 
-    def posterior_and_prior(self):
-        """The `Posterior` of scale and shift."""
+    def _held(self):
+        """The `Parameters` as the layer holds them."""
         parameters, buffers = self._parameters, self._buffers  # looked at first, as nn.Module takes thrice as long
-        return Posterior(
+        return Parameters(
             *[
                 parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
-                for name in Posterior._fields
+                for name in Parameters._fields
             ]
         )
 
+    def _in_use(self, held):
+        """The `Parameters` of what multiplies and what is added."""
+        return held
+
+    def posterior_and_prior(self):
+        """The `Parameters` of scale and shift."""
+        return self._in_use(self._held())
+
     def posterior_parameters(self):
         """The parameters of the posterior that there are: weight, weight_rho and, with a shift, bias, bias_rho."""
-        held = KLNorm.posterior_and_prior(self)
+        held = self._held()
         return [p for p in (held.weight, held.weight_rho, held.bias, held.bias_rho) if p is not None]
 
     def count_posteriors(self):
@@ -194,18 +189,11 @@ class KLNorm(nn.Module):
 
     def _kl_inputs(self):
         """The tensors held that the KL is a function of, None for what there is not."""
-        return KLNorm.posterior_and_prior(self)
+        return self._held()
 
     def kl_divergence(self):
         """KL divergence of this layer's posterior from its prior, a scalar in nats; see `klnorm.kl_divergence`."""
         return kl_divergence(self, check_finite=False)
-
-    def _forget_kl(self):
-        """Let go of the last forward's graph before the next one: torch may capture that into a CUDA graph, which must
-        not meet the older one's autograd nodes.
-        """
-        if not torch.compiler.is_compiling():
-            self._last_kl.forget()
 
     def _take_kl(self):
         """The KL tensor of the last forward, see `LastKL.take`; None where that is not at hand."""

@@ -6,6 +6,7 @@ and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) under 
 generator's state, `torch.manual_seed` or activation checkpointing, restores the key.
 """
 
+import functools
 import threading
 
 import torch
@@ -21,6 +22,11 @@ def mix64(z):
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
     return z ^ z >> 31
+
+
+@functools.lru_cache
+def _mixed_seed(seed):
+    return mix64(seed & _MASK)
 
 
 def known_to_host(x):
@@ -40,5 +46,5 @@ def draw_key(generator):
     with _lock:
         offset = generator.get_offset()
         generator.set_offset(offset + _STEP)
-    key = mix64((mix64(generator.initial_seed() & _MASK) + (offset // _STEP + 1) * _GOLDEN) & _MASK)
+    key = mix64((_mixed_seed(generator.initial_seed()) + (offset // _STEP + 1) * _GOLDEN) & _MASK)
     return key >> 2 | 1 << 62

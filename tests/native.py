@@ -82,9 +82,9 @@ class NativeCompilation:
         self.launches = {}
         self.report = None
 
-    def record(self, call, inputs, outputs):
+    def record(self, call, inputs, outputs, seed):
         if hasattr(call.kernel, "fn"):  # not a test's stand-in for a kernel
-            self.keep(Launch.of(call, (*inputs, *outputs)))
+            self.keep(Launch.of(call, (*inputs, *outputs, seed)))
 
     def keep(self, launch):
         """Of every kind the cheapest."""
@@ -97,9 +97,9 @@ class NativeCompilation:
 
         run = launch.Call.launch
 
-        def recorded(call, inputs, outputs):
-            run(call, inputs, outputs)
-            self.record(call, inputs, outputs)
+        def recorded(call, inputs, outputs, seed):
+            run(call, inputs, outputs, seed)
+            self.record(call, inputs, outputs, seed)
 
         launch.Call.launch = recorded
 
@@ -171,8 +171,11 @@ def compiled(launch):
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     clusters = tuning.has_clusters(divmod(CAPABILITY, 10), triton.__version__)  # a test may say so of any Triton
     num_ctas = launch.num_ctas if clusters else 1
-    call = Call(kernel, (1, 1), launch.sizes, launch.constants, launch.num_warps, num_ctas)
     tensors = [torch.empty(0, dtype=a, device="meta") if isinstance(a, torch.dtype) else a for a in launch.arguments]
+    call = Call(
+        kernel, torch.device("meta"), launch.arguments, (1, 1), launch.sizes, launch.constants, launch.num_warps,
+        num_ctas,
+    )  # fmt: skip
     return compile_ahead(call, tensors, CAPABILITY)
 
 

@@ -5,6 +5,9 @@ what is tested is left. It may be a small multiple of the error that the specifi
 hand.
 """
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 import triton
@@ -12,6 +15,7 @@ from noise_kernels import kernel_normals
 
 from klnorm import launch, reference, tuning
 from klnorm.reference import kl_norm
+from klnorm.spec import Parameters, Prior, Rows, dtypes_of, make_spec
 
 PRIOR_STD, EPS = 0.3, 1e-5
 MODES = "none", "batch", "sample", "token"
@@ -21,7 +25,8 @@ MODES = "none", "batch", "sample", "token"
 def multiprocessors(request, monkeypatch):
     """How many programs there are: few long runs that hold several draws, or many short ones."""
     target = launch._target
-    monkeypatch.setattr(launch, "_target", lambda device: target(device)._replace(multiprocessors=request.param))
+    few = functools.cache(lambda device: dataclasses.replace(target(device), multiprocessors=request.param))
+    monkeypatch.setattr(launch, "_target", few)
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +68,16 @@ class Problem:
         acc = kl_norm.accumulation_dtype(self.x)
         self.dkl = torch.tensor(0.7, device=device, dtype=acc) if groups is None else randn(groups, dtype=acc)
         mode = noise if self.sampled else "batch"
-        self.draws, self.inner = kl_norm.draw_layout(self.x.shape, 1, mode, sample_dim)
+        layout = kl_norm.draw_layout(self.x.shape, 1, mode, sample_dim)
+        rows = Rows.of(self.sampled, self.x.numel() // n, groups or 1, *layout)
+        kind, posterior = "rms" if rms else "layer", "deterministic" if deterministic else "sampled"
+        dtypes = dtypes_of(self.x, self.residual, *self.parameters, *self.prior_tensors)
+        self.spec = make_spec(kind, posterior, EPS, Prior(*self.prior_values, PRIOR_STD), n, rows, dtypes)
 
     def forward(self):
         """[y, kl] of the kernels, and the sum if there is a residual; keeps the row statistics for backward."""
-        y, self.sum, kl, *self.statistics = launch.forward(
-            self.x, self.residual, *self.parameters, *self.prior_tensors, self.seed,
-            *self.prior_values, PRIOR_STD, EPS, self.draws, self.inner, self.groups or 1, self.rms,
-        )  # fmt: skip
+        parameters = Parameters(*self.parameters, *self.prior_tensors)
+        y, self.sum, kl, self.statistics = launch.forward(self.x, self.residual, parameters, self.seed, self.spec)
         kl = kl.reshape(self.dkl.shape)
         return [y, kl] if self.residual is None else [y, kl, self.sum]
 
@@ -80,10 +87,10 @@ class Problem:
         With a residual of another dtype than x, its gradient as well.
         """
         z = self.x if self.residual is None else self.sum
+        parameters = Parameters(*self.parameters, *self.prior_tensors)
         dx, dresidual, *gradients = launch.backward(
-            self.dy, self.dsum, self.dkl, z, *self.parameters, *self.prior_tensors, self.seed, *self.statistics,
-            *self.prior_values, PRIOR_STD, self.draws, self.inner, self.groups or 1,
-        )  # fmt: skip
+            self.dy, self.dsum, self.dkl, z, parameters, self.seed, self.statistics, self.spec
+        )
         return [dx, *gradients] if self.residual is None or z.dtype == self.x.dtype else [dx, *gradients, dresidual]
 
     def specification(self, dtype):

@@ -59,16 +59,12 @@ def forward_arguments(device, mode, bias=True, tensor_prior=False, dtype=torch.f
 
 
 def backward_arguments(forward, with_dy=True, with_dkl=True, dy=None):
-    y, total, kl, mean, rstd = torch.ops.klnorm.norm_forward.default(*forward)
+    y, total, kl, statistics = torch.ops.klnorm.norm_forward.default(*forward)
     dy = torch.randn_like(y) if dy is None else dy
-    (x, residual, *tensors), (weight_prior, bias_prior, prior_std, _, draws, inner, groups, rms) = (
-        forward[:9],
-        forward[9:],
-    )
+    (x, residual, *tensors), numbers = forward[:9], forward[9:]
     z, dsum = (x, None) if residual is None else (total, torch.randn_like(total))
     cotangents = dy if with_dy else None, dsum, torch.randn_like(kl) if with_dkl else None
-    statistics = None if rms else mean, rstd
-    return *cotangents, z, *tensors, *statistics, weight_prior, bias_prior, prior_std, draws, inner, groups
+    return *cotangents, z, *tensors, statistics, *numbers
 
 
 def opcheck(name, arguments):

@@ -1,0 +1,103 @@
+"""What is to be computed, beside the tensors: one description that every part between layer and kernel passes on."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Parameters(NamedTuple):
+    """The posterior's means, its deviations before softplus, and the prior's means; None where there is none."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    weight_rho: torch.Tensor | None
+    bias_rho: torch.Tensor | None
+    weight_prior: torch.Tensor | None
+    bias_prior: torch.Tensor | None
+
+
+class Prior(NamedTuple):
+    """The prior's means where no tensor gives them, and its deviation."""
+
+    weight: float
+    bias: float
+    std: float
+
+
+class Rows(NamedTuple):
+    """How rows fall into groups with parameters of their own, and into draws of noise.
+
+    Row r belongs to group r // group_rows and uses draw (r // inner) % draws. `noise`: "none" in evaluation, "merged"
+    where every row has a draw of its own, which is its number, else "shared".
+    """
+
+    n_rows: int
+    groups: int
+    draws: int
+    inner: int
+    noise: str
+
+    @classmethod
+    def of(cls, sampled, n_rows, groups, draws, inner):
+        if not sampled:
+            return cls(n_rows, groups, draws, inner, "none")
+        return cls(n_rows, groups, draws, inner, "merged" if draws == n_rows else "shared")
+
+    @property
+    def group_rows(self):
+        return self.n_rows // self.groups
+
+    @property
+    def in_group(self):
+        """(draws, inner) inside a group: its row i uses draw `first_draw` + (i // inner) % draws.
+
+        None where groups and draws cut each other.
+        """
+        rows, cycle = self.group_rows, self.draws * self.inner
+        if self.noise != "shared" or not rows:
+            return 1, max(1, rows)
+        if rows % cycle == 0:
+            return self.draws, self.inner
+        if cycle % rows == 0 and rows % self.inner == 0:
+            return rows // self.inner, self.inner
+        return (1, rows) if cycle % rows == 0 and self.inner % rows == 0 else None
+
+    def first_draw(self, group):
+        """The draw of a group's first row; 0 where rows share no draws."""
+        return group * self.group_rows // self.inner % self.draws if self.noise == "shared" and self.n_rows else 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spec:
+    """`kind`: "layer" or "rms"; `posterior`: "sampled" or "deterministic"; `n_cols`: features of a row; `dtypes`: of x,
+    the residual and the `Parameters`, None for what there is not.
+
+    There is one Spec of the same fields, see `make_spec`, so that what is worked out for it is found by its identity.
+    """
+
+    kind: str
+    posterior: str
+    eps: float
+    prior: Prior
+    n_cols: int
+    rows: Rows
+    dtypes: tuple
+
+    @property
+    def numbers(self):
+        """As the operators of `klnorm.ops` take it."""
+        rows = self.rows
+        return *self.prior, self.eps, rows.draws, rows.inner, rows.groups, self.kind == "rms"
+
+
+@functools.lru_cache(4096)
+def make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes):
+    """The Spec of these fields."""
+    return Spec(kind, posterior, eps, prior, n_cols, rows, dtypes)
+
+
+def dtypes_of(*tensors):
+    """As a Spec has them."""
+    return tuple([None if t is None else t.dtype for t in tensors])
