@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import inspect as inspector
 from klnorm import launch, ops, tuning
-from klnorm.functional import normalize
+from klnorm.functional import Settings, normalize
 from klnorm.kernels.rows import run_of
+from klnorm.spec import Parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -148,7 +149,7 @@ def test_launches_of_clusters(monkeypatch, clusters):
     launched = []
 
     class Kernel:
-        arg_names = ()
+        arg_names, pre_run_hooks = (), ()
 
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((grid, options["num_ctas"], options["num_warps"]))
@@ -160,64 +161,148 @@ def test_launches_of_clusters(monkeypatch, clusters):
         else ["forward_wide_kernel", "backward_wide_kernel", "finalize_kernel"]
     )
     for call, tensors in calls.values():
-        dataclasses.replace(call, kernel=Kernel()).launch(tensors, ())
+        dataclasses.replace(call, kernel=Kernel()).launch(tensors[:-1], (), tensors[-1])
     programs = [call.grid for call, _ in calls.values()]
     assert launched == list(zip(programs, [4, 4, 1] if clusters else [1] * 3, [8, 8, 4], strict=True))
     partial = calls["finalize"][1][0]
     assert partial.shape == (programs[1][0], 4, 16384)
 
 
-def test_what_triton_has_compiled_is_launched_directly(monkeypatch):
+class Kernel:
+    """Stands in for a Triton kernel: notes what it is given, compiles `compiled`."""
+
+    arg_names = "x_ptr", "prior_ptr", "y_ptr", "seed", "n_rows", "N", "FAST"
+
+    def __init__(self, compiles=True):
+        self.pre_run_hooks, self.bound, self.launched, self.compiles = [], [], [], compiles
+
+    def __getitem__(self, grid):
+        def bind(*args, **options):
+            self.bound.append((grid, args, options))
+            return Compiled(self) if self.compiles else None
+
+        return bind
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.launched.append((grid, args))
+
+
+def call_of(kernel, n_rows=5, grid=(7, 2), dtypes=(torch.float32, None)):
+    return launch.Call(kernel, torch.device("cpu"), dtypes, grid, (n_rows,), {"FAST": True, "N": 4}, 8, 4)
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    monkeypatch.setattr(launch, "_DIRECT", True)
+
+
+def aligned(n):
+    storage = torch.zeros(n + 8)
+    return storage[(-storage.data_ptr() // 4) % 4 :]
+
+
+@pytest.mark.usefixtures("direct")
+def test_what_triton_has_compiled_is_launched_directly():
     """Triton sees the first call of every kind of inputs; later ones go to the compiled kernel, with all arguments."""
-    monkeypatch.setattr(launch, "_KEEPS", True)
-    seen, replayed = [], []
-
-    class Kernel:
-        arg_names = "x_ptr", "prior_ptr", "y_ptr", "n_rows", "N", "FAST"
-
-        def __getitem__(self, grid):
-            def first(*args, **options):
-                seen.append((grid, args, options))
-                return {(*grid, 1): lambda *args: replayed.append(args)}
-
-            return first
-
-    call = launch.Call(Kernel(), (7, 2), (5,), {"FAST": True, "N": 4}, 8, 4)
-    storage = torch.zeros(64)
-    x, y = storage[(-storage.data_ptr() // 4) % 4 :][:32], torch.empty(8)
-    kinds = (x, None), (None, x), (x[1:], None), (x.double(), None), (x, x), (x, x[2:])
-    for number, inputs in enumerate(kinds, 1):
-        call.launch(inputs, (y,))
-        assert len(seen) == number
-        grid, args, options = seen[-1]
+    kernel, seed, y = Kernel(), torch.tensor([3]), torch.empty(8)
+    call, x = call_of(kernel, dtypes=(torch.float32,) * 2), aligned(32)
+    kinds = [((x, x), 9), ((x[1:], x), 9), ((x, x[2:]), 9), ((x, x), seed), ((x, x), None)]
+    for number, (inputs, key) in enumerate(kinds, 1):
+        call.launch(inputs, (y,), key)
+        assert len(kernel.bound) == number
+        grid, args, options = kernel.bound[-1]
         assert grid == (7, 2)
-        assert all(a is b for a, b in zip(args, (*inputs, y, 5, 4, True), strict=True))
+        assert all(a is b for a, b in zip(args, (*inputs, y, key, 5, 4, True), strict=True))
         assert options == {"num_warps": 8, "num_ctas": 4, "enable_fp_fusion": True}
-        assert not replayed
-    for number, inputs in enumerate(kinds, 1):
-        call.launch(inputs, (y,))
-        assert all(a is b for a, b in zip(replayed[-1], (*inputs, y, 5, 4, True), strict=True))
-        assert (len(seen), len(replayed)) == (len(kinds), number)
-    call.launch((x[4:], None), (y,))  # as aligned as the first
-    assert (len(seen), len(replayed)) == (len(kinds), len(kinds) + 1)
+        assert not kernel.launched
+    for number, (inputs, key) in enumerate(kinds, 1):
+        call.launch(inputs, (y,), key)
+        pointers = [0 if t is None else t.data_ptr() for t in (*inputs, y)]
+        key = key.data_ptr() if isinstance(key, torch.Tensor) else key
+        assert kernel.launched[-1] == ((7, 2, 1), (*pointers, key, 5, 4, True))
+        assert (len(kernel.bound), len(kernel.launched)) == (len(kinds), number)
+    call.launch((x[4:], x), (y,), 11)  # as aligned as the first, and another seed of its kind
+    assert (len(kernel.bound), len(kernel.launched)) == (len(kinds), len(kinds) + 1)
 
 
-def test_triton_before_3_3_and_its_interpreter_see_every_launch(monkeypatch):
-    seen = []
+@pytest.mark.usefixtures("direct")
+def test_another_number_of_rows_is_nothing_new_to_triton():
+    kernel, x, y = Kernel(), aligned(32), torch.empty(8)
+    for n_rows in 5, 1, 16, 2**31 - 1:
+        call_of(kernel, n_rows, (n_rows, 1)).launch((x, None), (y,), 9)
+    assert [grid for grid, _, _ in kernel.bound] == [(5, 1)]
+    assert [(grid, args[4]) for grid, args in kernel.launched] == [
+        ((n_rows, 1, 1), n_rows) for n_rows in (1, 16, 2**31 - 1)
+    ]
+    call_of(kernel, 2**31).launch((x, None), (y,), 9)  # an integer of 64 bits
+    call_of(kernel, dtypes=(torch.bfloat16, None)).launch((x, None), (y,), 9)
+    call_of(kernel, dtypes=(torch.float32,) * 2).launch((x, x), (y,), 9)
+    assert len(kernel.bound) == 4
 
-    class Kernel:
-        arg_names = ()
 
-        def __getitem__(self, grid):
-            return lambda *args, **options: seen.append(grid) or self.compiled
+@pytest.mark.parametrize("compiles", [True, False])
+def test_untried_versions_of_triton_and_its_interpreter_see_every_launch(monkeypatch, compiles):
+    monkeypatch.setattr(launch, "_DIRECT", not compiles)
+    kernel, x, y = Kernel(compiles), aligned(32), torch.empty(8)
+    for _ in range(3):
+        call_of(kernel).launch((x, None), (y,), 9)
+    assert (len(kernel.bound), len(kernel.launched)) == (3, 0)
 
-    for keeps, compiled in (False, {(1, 1, 1): lambda: None}), (True, None):
-        monkeypatch.setattr(launch, "_KEEPS", keeps)
-        Kernel.compiled = compiled
-        call = launch.Call(Kernel(), (1, 1), (), {}, 4)
-        call.launch((), ())
-        call.launch((), ())
-    assert len(seen) == 4
+
+OBSERVERS = "debug", "add_stages_inspection_hook", "instrumentation_mode", "pre_run_hooks"
+
+
+@pytest.mark.usefixtures("direct")
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_who_observes_triton_sees_every_launch(monkeypatch, observer):
+    kernel, x, y = Kernel(), aligned(32), torch.empty(8)
+    call = call_of(kernel)
+    call.launch((x, None), (y,), 9)
+    if observer == "pre_run_hooks":
+        kernel.pre_run_hooks.append(print)
+    else:
+        knobs = triton.knobs.compilation if observer == "instrumentation_mode" else triton.knobs.runtime
+        monkeypatch.setattr(knobs, observer, "on")
+    call.launch((x, None), (y,), 9)
+    assert (len(kernel.bound), len(kernel.launched)) == (2, 0)
+    kernel.pre_run_hooks.clear()
+    monkeypatch.undo()
+
+
+# A process in which Triton compiles, for a driver that calls hooks as Triton's own does, and does nothing else.
+HOOKED = """
+import torch, triton
+from bench.overhead import Driver, way_of_cuda
+from klnorm import KLLayerNorm
+
+def launcher(x, y, z, stream, function, packed, metadata, enter, exit, *args):
+    enter(metadata)
+
+entered, bound, run = [], [], triton.JITFunction.run
+Driver.launcher_cls = lambda *args: launcher
+triton.knobs.runtime.launch_enter_hook.add(lambda metadata: entered.append(metadata.get()["name"]))
+triton.JITFunction.run = lambda self, *args, **options: bound.append(self.__name__) or run(self, *args, **options)
+layer = KLLayerNorm(8)
+with way_of_cuda():
+    for rows in 3, 5, 16, 1:
+        layer(torch.randn(rows, 8, requires_grad=True)).sum().backward()
+print(*bound)
+print(*entered)
+"""
+
+
+def test_what_triton_itself_compiles_is_bound_once_for_all_sizes_and_launched_with_its_hooks():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", HOOKED], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-3000:]
+    bound, entered = map(str.split, run.stdout.splitlines())
+    assert bound == ["forward_kernel", "backward_kernel", "finalize_kernel"]
+    assert entered == bound * 4
 
 
 @triton.jit
@@ -241,7 +326,7 @@ def test_vector_width():
     aligned = storage[(-storage.data_ptr() // 2) % 64 :]
 
     def width(n_cols, stride, offset):
-        return launch._access(n_cols, aligned[offset:].as_strided((3, n_cols), (stride, 1)))[0]
+        return launch._access(n_cols, [aligned[offset:].as_strided((3, n_cols), (stride, 1))])[1]
 
     assert width(64, 64, 0) == 8
     assert width(1000, 1000, 0) == 8
@@ -250,8 +335,8 @@ def test_vector_width():
     assert width(64, 65, 0) == 1
     assert width(64, 64, 2) == 2
     whole, odd = aligned[:192].view(3, 64), aligned[1:193].view(3, 64)
-    assert launch._access(64, whole, odd)[0] == 1
-    assert launch._access(64, whole, None, aligned[:192].as_strided((3, 64), (60, 1))) == (4, (16, 0, 15))
+    assert launch._access(64, [whole, odd])[1] == 1
+    assert launch._access(64, [whole, None, aligned[:192].as_strided((3, 64), (60, 1))])[1:] == (4, (16, 0, 15))
 
 
 def test_partial_sums_stay_small_beside_the_input():
@@ -274,20 +359,17 @@ class CountTorchCalls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("sample", "seed_launches"), [(True, 1), (False, 0)])
-def test_launches(device, monkeypatch, sample, seed_launches):
+def test_launches(device, monkeypatch, kernels_path, sample, seed_launches):
     """Forward launches one kernel, backward two; beyond them only the seed, as a tensor without a seed is drawn."""
     launched = []
     monkeypatch.setattr(launch.Call, "launch", lambda call, *tensors: launched.append(call.kernel.__name__))
-    # straight to the kernels' host code: on the CPU the operators would lead to the explicit formulas
-    monkeypatch.setattr(ops, "_forward", launch.forward)
-    monkeypatch.setattr(ops, "_backward", launch.backward)
+    monkeypatch.setattr(ops, "is_watched", lambda: False)  # by what counts here
     torch.use_deterministic_algorithms(False)  # else every allocation is filled
     x = torch.randn(8, 16, 32, device=device, requires_grad=True)
     parameters = [torch.rand(32, device=device, requires_grad=True) for _ in range(4)]
     with CountTorchCalls() as forward:
-        y, _, kl = normalize(
-            x, None, (32,), *parameters, 1.0, 0.0, 0.1, 1e-5, "sample", 0, sample, None, None, "sampled"
-        )
+        settings = Settings("layer", "sampled", "sample", 0, 0.1, 1e-5)
+        y, _, kl = normalize(x, None, (32,), Parameters(*parameters, None, None), settings, sample)
     assert launched == ["forward_kernel"]
     computing = [call for call in forward.calls if call not in FREE]
     assert computing == ["aten::randint"] * seed_launches

@@ -12,12 +12,13 @@ from klnorm import launch
 
 
 def call(kernel, *sizes, num_warps=4, **constants):
-    return launch.Call(getattr(refused_kernel, kernel), (1, 1), sizes, {"FAST": False, "N": 8, **constants}, num_warps)
+    function, cpu = getattr(refused_kernel, kernel), torch.device("cpu")
+    return launch.Call(function, cpu, (), (1, 1), sizes, {"FAST": False, "N": 8, **constants}, num_warps)
 
 
 def recorded(kernel, x_dtype=torch.float32, y=True, **options):
     x = torch.empty(1, dtype=x_dtype)
-    return Launch.of(call(kernel, **options), (x, x if y else None))
+    return Launch.of(call(kernel, **options), (x, x if y else None, None))
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def _tests_on_the_path(monkeypatch):
 def test_what_the_compiler_refuses_is_told_in_its_words():
     (refusal,) = compile_apart([recorded("good"), recorded("returns_before_none", y=False)])
     name, again, *words = refusal.splitlines()
-    assert name == "returns_before_none(float32, None; FAST=True, N=8)"
+    assert name == "returns_before_none(float32, None, None; FAST=True, N=8)"
     assert again.startswith("To see it again: python -m pytest tests/test_native.py::test_what_the_compiler_refuses")
     assert words[0].startswith("CompilationError")
     assert "tl.store(y_ptr" in refusal
@@ -69,7 +70,7 @@ def test_the_cheapest_of_a_kind_is_kept_and_a_refusal_fails_the_session():
     plugin = NativeCompilation()
     x = torch.empty(1)
     for block in 64, 8, 256:
-        plugin.record(call("returns_before_none", BLOCK_N=block), (x,), (None,))
+        plugin.record(call("returns_before_none", BLOCK_N=block), (x,), (None,), None)
     assert [kept.constants["BLOCK_N"] for kept in plugin.launches.values()] == [8]
     session = SimpleNamespace(config=SimpleNamespace(), exitstatus=0, shouldfail="stopping after 1 failures")
     plugin.pytest_sessionfinish(session)
@@ -82,7 +83,7 @@ def test_the_cheapest_of_a_kind_is_kept_and_a_refusal_fails_the_session():
 
 def test_workers_hand_over_what_they_recorded():
     worker, controller = NativeCompilation(), NativeCompilation()
-    worker.record(call("good"), (torch.empty(1),), (torch.empty(1),))
+    worker.record(call("good"), (torch.empty(1),), (torch.empty(1),), None)
     session = SimpleNamespace(config=SimpleNamespace(workeroutput={}), exitstatus=0)
     worker.pytest_sessionfinish(session)
     controller.pytest_testnodedown(session.config)

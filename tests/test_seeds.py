@@ -99,17 +99,17 @@ def test_a_key_does_not_compile_anew(monkeypatch):
 
     class Compiled:
         def __getitem__(self, grid):
-            return lambda *args: launched.append(args[0])
+            return lambda *args: launched.append(args[-1])
 
     class Kernel:
-        arg_names = ("seed",)
+        arg_names, pre_run_hooks = ("x_ptr", "seed"), ()
 
         def __getitem__(self, grid):
-            return lambda *args, **options: compiled.append(args[0]) or Compiled()
+            return lambda *args, **options: compiled.append(args[-1]) or Compiled()
 
-    monkeypatch.setattr(launch, "_KEEPS", True)
-    call = launch.Call(Kernel(), (1, 1), (), {}, 4)
+    monkeypatch.setattr(launch, "_DIRECT", True)
+    call = launch.Call(Kernel(), torch.device("cpu"), (None,), (1, 1), (), {}, 4)
     for key in 2**62, 2**63 - 16, 2**62 + 1:
-        call.launch((key,), ())
+        call.launch((None,), (), key)
     assert compiled == [2**62]
     assert launched == [2**63 - 16, 2**62 + 1]
