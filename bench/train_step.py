@@ -5,23 +5,29 @@ Run: python -m bench.train_step [--model bert|gpt2] [--norm NAME ...] [--mode ea
 Forward, backward and AdamW under bf16 autocast, fp32 weights; with nn.LayerNorm, klnorm in each noise mode and KL-Norm
 in eager PyTorch, the weighted KL in the loss; as it is, captured into a CUDA graph as a whole, and under torch.compile.
 Beside milliseconds: kernels launched in a step, the time that the host takes for one, and the share of it in which the
-GPU has nothing to do. On the CPU: --smoke, tiny, to see that it works; it counts dispatched operations for kernels.
+GPU has nothing to do. On the CPU: --smoke, of tiny width, to see that it works; for launches it counts operations that
+compute on the way that CUDA tensors take, and kernels of klnorm that would be launched there.
 """
 
 import argparse
+import ctypes
+import dataclasses
 import gc
+import re
 import statistics
 import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import klnorm
+from klnorm import launch, ops
 
-from . import eager, models, report
+from . import eager, models, overhead, report
 from .warm import warm
 
 NORMS = ["LayerNorm", *[f"{kind}, {noise}" for kind in ("klnorm", "eager") for noise in ("sample", "batch", "token")]]
@@ -41,6 +47,8 @@ def main(arguments=None):
     device = torch.device("cpu" if options.smoke else "cuda")
     deadline = time.monotonic() + 60 * options.minutes
     sizes = models.SMOKE_SIZES if options.smoke else models.SIZES
+    if options.layers:
+        sizes = {name: dataclasses.replace(size, layers=options.layers) for name, size in sizes.items()}
     lines = plan(sizes, options)
     result = {"environment": report.environment(), "models": models.source(), "smoke": options.smoke, "records": []}
     print(f"{report.describe(result['environment'])}\nmodels: {result['models']}")
@@ -65,6 +73,7 @@ def parse(arguments):
     parser.add_argument("--mode", choices=MODES, nargs="+", help="these modes only")
     parser.add_argument("--quick", action="store_true", help="the encoder only, in eager mode only")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU; wall times that mean nothing")
+    parser.add_argument("--layers", type=int, help="so many of the models' layers (default: 12, with --smoke 2)")
     parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of train_step.json")
     parser.add_argument("--minutes", type=float, default=10.0, help="start no new line after so many (default: 10)")
     return parser.parse_args(arguments)
@@ -115,7 +124,7 @@ def measure_line(line, sizes, device):
         for _ in range(2):
             step()
         record |= time_steps(step, device)
-        record["launches"], busy_ms = count_launches(step, device)
+        record["launches"], busy_ms = count_launches(step, device, mode == "compiled")
         if busy_ms is not None:
             record["idle"] = max(0.0, 1 - busy_ms / record["device_ms"])
         if not torch.isfinite(torch.tensor(record["loss"])):
@@ -131,13 +140,14 @@ def make_step(line, size, device):
     model, weighted_kl = with_norm(models.make_model(size, device), norm, device)
     tokens, labels = models.make_batch(size, device)
     on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=on_gpu, capturable=on_gpu)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=on_gpu)
 
     def loss_of(tokens, labels):
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(tokens, labels)
         return loss + weighted_kl(model)
 
+    torch._inductor.config.cpp.enable_kernel_profile = not on_gpu  # to count kernels
     compute = torch.compile(loss_of) if mode == "compiled" else loss_of
 
     def step():
@@ -200,30 +210,71 @@ def time_steps(step, device):
     return {"device_ms": device_ms, "wall_ms": wall_ms, "host_ms": host_ms, "peak_bytes": peak_bytes}
 
 
-class _Operations(TorchDispatchMode):
-    """Counts dispatched operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count_launches(step, device):
+def count_launches(step, device, compiled=False):
     """(kernels of a step, milliseconds that they take), from torch's profiler; on the CPU (operations, None)."""
     if device.type != "cuda":
-        with _Operations() as operations:
-            step()
-        return operations.count, None
+        return _count_operations(step, compiled), None
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         step()
         torch.cuda.synchronize()
     on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [e for e in on_device if not e.name.startswith(("Memcpy", "Memset"))]
     return len(kernels), sum(e.time_range.elapsed_us() for e in on_device) / 1e3
+
+
+FREE = {
+    "view", "_unsafe_view", "alias", "detach", "expand", "t", "transpose", "empty", "empty_like", "empty_strided",
+    "new_empty", "unsqueeze", "squeeze", "select", "slice", "split", "permute", "as_strided", "_reshape_alias",
+}  # fmt: skip
+
+
+class _Operations(TorchDispatchMode):
+    """Counts dispatched operations, but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._opname not in FREE
+        return func(*args, **(kwargs or {}))
+
+
+def _count_operations(step, compiled):
+    """Operations of a step that compute, and klnorm's launches, on the way that CUDA tensors take.
+
+    Compiled code is looked into by the profiler, as torch.compile does nothing under a dispatch mode; an operator of
+    klnorm is one operation there.
+    """
+    if compiled:
+        return _count_in_compiled_code(step)
+    launches = 0
+
+    def launch_zeros(call, inputs, outputs, seed):
+        nonlocal launches
+        launches += 1
+        for output in outputs:
+            if output is not None:
+                ctypes.memset(output.data_ptr(), 0, output.nbytes)
+
+    as_launched = mock.patch.object(launch.Call, "launch", launch_zeros)
+    not_watched = mock.patch.object(ops, "is_watched", bool)  # by what counts here
+    with overhead.way_of_cuda(), as_launched, not_watched, _Operations() as operations:
+        step()
+    return operations.count + launches
+
+
+def _count_in_compiled_code(step):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    ahead, count = [e for e in profile.events() if e.cpu_parent is None], 0
+    while ahead:
+        event = ahead.pop()
+        if re.match(r"aten::|klnorm::|graph_\d+_cpp_fused", event.name):
+            count += event.name.removeprefix("aten::") not in FREE
+        else:
+            ahead += event.cpu_children
+    return count
 
 
 def _wall(step):

@@ -67,12 +67,16 @@ class Problem:
         self.seed = torch.tensor([-(2**62) + 12345], device=device) if self.sampled else None
         acc = kl_norm.accumulation_dtype(self.x)
         self.dkl = torch.tensor(0.7, device=device, dtype=acc) if groups is None else randn(groups, dtype=acc)
-        mode = noise if self.sampled else "batch"
-        layout = kl_norm.draw_layout(self.x.shape, 1, mode, sample_dim)
-        rows = Rows.of(self.sampled, self.x.numel() // n, groups or 1, *layout)
-        kind, posterior = "rms" if rms else "layer", "deterministic" if deterministic else "sampled"
+
+    @property
+    def spec(self):
+        """Of x and parameters as they are now, which tests change."""
+        draws = kl_norm.draw_layout(self.x.shape, 1, self.noise if self.sampled else "batch", self.sample_dim)
+        rows = Rows.of(self.sampled, self.x.numel() // self.n, self.groups or 1, *draws)
+        kind = "rms" if self.rms else "layer"
+        posterior = "deterministic" if self.parameters[2] is None else "sampled"
         dtypes = dtypes_of(self.x, self.residual, *self.parameters, *self.prior_tensors)
-        self.spec = make_spec(kind, posterior, EPS, Prior(*self.prior_values, PRIOR_STD), n, rows, dtypes)
+        return make_spec(kind, posterior, EPS, Prior(*self.prior_values, PRIOR_STD), self.n, rows, dtypes)
 
     def forward(self):
         """[y, kl] of the kernels, and the sum if there is a residual; keeps the row statistics for backward."""

@@ -1,7 +1,9 @@
 """What the README and the docstrings show, run as it stands there."""
 
+import contextlib
 import doctest
 import importlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -38,10 +40,11 @@ def blocks():
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def run(containing, **names):
+def run(containing, namespace=None, **names):
     """Run the one block that contains the words, with these names around it; return its names."""
     (code,) = [code for code in blocks() if containing in code]
-    namespace = {"torch": torch, "F": F, "klnorm": klnorm, **names}
+    namespace = {} if namespace is None else namespace
+    namespace.update({"torch": torch, "F": F, "klnorm": klnorm, **names})
     exec(code, namespace)
     return namespace
 
@@ -55,10 +58,74 @@ def test_ten_lines():
     model = small_model()
     before = [p.clone() for p in model.parameters()]
     x, target = torch.randn(6, 4), torch.randint(3, (6,))
-    names = run("kl_weight.step()", model=model, batches=[(x, target)] * 3, num_examples=6)
+    names = run("for x, target in batches", model=model, batches=[(x, target)] * 3, num_examples=6)
     assert type(model[1]) is nn.LayerNorm
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert names["kl_weight"].steps == 3
+
+
+@pytest.mark.usefixtures("inductor")
+def test_a_compiled_loss(device):
+    model = klnorm.replace_layer_norm(small_model().to(device))
+    x, target = torch.randn(6, 4, device=device), torch.randint(3, (6,), device=device)
+    kl_weight = klnorm.KLWeight(num_examples=6, device=device)
+    names = run("torch.compile(loss_of)", model=model, x=x, target=target, kl_weight=kl_weight)
+    assert all((p.grad != 0).any() for p in klnorm.kl_layers(model)["1"].parameters())
+    losses = []
+    for loss_of in names["compiled_loss"], names["loss_of"]:
+        torch.manual_seed(3)
+        losses.append(loss_of(x, target))
+    assert device.type == "cuda" or torch.isclose(*losses)  # seeds are drawn in another way there
+    assert names["compiled_loss"](x, target) != losses[0]
+
+
+def without_a_gpu(monkeypatch, replays):
+    """A stream that is none, and a graph that calls `replays` to replay."""
+
+    class Stream(contextlib.nullcontext):
+        def wait_stream(self, other):
+            assert isinstance(other, Stream)
+
+    class CUDAGraph:
+        def replay(self):
+            replays()
+
+    stand_ins = {
+        "Stream": Stream, "current_stream": Stream, "stream": lambda stream: stream, "CUDAGraph": CUDAGraph,
+        "graph": lambda graph: contextlib.nullcontext(),
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+@pytest.mark.own_process
+def test_a_captured_step(device, monkeypatch):
+    """Without a GPU, that the lines fit together: its stand-in for a graph runs the step again."""
+    model, names = klnorm.replace_layer_norm(small_model().to(device)), {}
+    if device.type != "cuda":
+        without_a_gpu(monkeypatch, lambda: seen.append(names["step"]()))
+    seen, weights = [], []
+    x, target = torch.randn(6, 4, device=device), torch.randint(3, (6,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), capturable=device.type == "cuda")
+    kl_weight = klnorm.KLWeight(num_examples=1, warmup_steps=4, device=device)
+
+    def batches():
+        for _ in range(4):
+            weights.append(model[0].weight.detach().clone())
+            yield torch.randn(6, 4), torch.randint(3, (6,))
+
+    names.update(model=model, x=x, target=target, optimizer=optimizer, kl_weight=kl_weight, batches=batches())
+    run("CUDAGraph()", names)
+    assert kl_weight.steps == 4
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
+    if device.type != "cuda":
+        assert len(seen) == 4
+        return
+    names["graph"].replay()
+    torch.cuda.synchronize()
+    first = names["loss"].item()
+    names["graph"].replay()
+    assert names["loss"].item() != first
 
 
 def bert():
