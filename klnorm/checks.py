@@ -154,7 +154,7 @@ def check_prior_mean(name, value):
     """Raise unless `value` is a finite number."""
     if not _is_real(value):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a float or a tensor of normalized_shape.")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number.")
 
 

@@ -169,7 +169,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         if sampling:
             if not checks.in_backward():
                 self._last_condition.remember(c)
-            if kl.grad_fn is not None and not compiling:
+            if not compiling:
                 self._last_kl.remember(kl, self._kl_inputs(), self.prior_std)
         return y
 

@@ -26,9 +26,10 @@ class LastKL:
 
     def remember(self, kl, inputs, prior_std):
         """Hold `kl`, an output of a Function of `klnorm.ops`, computed from `inputs`, outside of torch.compile."""
-        if checks.transforming():
+        node = kl.grad_fn
+        if node is None or checks.transforming():
             return
-        kl.grad_fn.last_kl = self._self  # weakly, as this holds the node
+        node.last_kl = self._self  # weakly, as this holds the node
         self._kl, self._prior_std, self._repeated = kl, prior_std, checks.in_backward()
         self._inputs, self._states = inputs, _states(inputs)
 

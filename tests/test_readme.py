@@ -35,6 +35,14 @@ def test_speed_tables_are_those_of_the_newest_result_files(capsys, kind):
     assert f"python -m bench.table {newest}" in README
 
 
+def test_operations_of_a_step_are_those_of_the_result_file():
+    result = json.loads(Path("bench/results/operations_cpu.json").read_text(encoding="utf-8"))
+    counts = {(r["norm"], r["mode"]): f"{r['launches']:,}" for r in result["records"]}
+    ours, plain = ([counts[norm, mode] for mode in ("eager", "compiled")] for norm in ("klnorm, sample", "LayerNorm"))
+    text = " ".join(README.split())
+    assert f"{ours[0]} in eager mode ({plain[0]} with nn.LayerNorm), {ours[1]} compiled ({plain[1]})" in text
+
+
 def blocks():
     """The README's Python by its first line of interest."""
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
