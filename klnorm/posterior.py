@@ -138,7 +138,10 @@ class KLNorm(nn.Module):
         compiling, held = torch.compiler.is_compiling(), self._held()
         if not compiling:
             self._last_kl.forget()
-        y, kl = self._norm_and_kl(x, held, sample=True)
+        shape, eps = self._shape_and_eps()
+        kind = "rms" if self._is_rms else "layer"
+        settings = Settings(kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps)
+        y, _, kl = normalize(x, None, shape, self._in_use(held), settings, True, generator=self.generator)
         if not compiling:
             self._last_kl.remember(kl, held, self.prior_std)
         return y
@@ -149,15 +152,11 @@ class KLNorm(nn.Module):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
                 checks.check_input(x, self.normalized_shape)
             return super().forward(x)
-        # torch's norm would refuse the mixed dtypes, or return fp32
-        return self._norm_and_kl(x, self._held(), sample=False)[0]
-
-    def _norm_and_kl(self, x, held, sample):
+        # Of mixed dtypes, which torch refuses or answers in fp32: the norm of the means is the deterministic reading.
         shape, eps = self._shape_and_eps()
-        kind = "rms" if self._is_rms else "layer"
-        settings = Settings(kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps)
-        y, _, kl = normalize(x, None, shape, self._in_use(held), settings, sample, generator=self.generator)
-        return y, kl
+        means = Parameters(self.weight, self.bias, None, None, None, None)
+        settings = Settings("rms" if self._is_rms else "layer", "deterministic", "batch", 0, self.prior_std, eps)
+        return normalize(x, None, shape, means, settings, sample=False)[0]
 
     def _held(self):
         """The `Parameters` as the layer holds them."""
