@@ -150,10 +150,10 @@ def check_prior(name, prior, x, shape):
         _check_like(name, prior, x, shape)
 
 
-def check_prior_mean(name, value):
+def check_prior_mean(name, value, shape):
     """Raise unless `value` is a finite number."""
     if not _is_real(value):
-        raise TypeError(f"{name} is a {type(value).__name__}, expected a float or a tensor of normalized_shape.")
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a float or a tensor of shape {shape}.")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number.")
 

@@ -114,8 +114,8 @@ def kl_layer_norm(
     """
     priors, values = _priors(weight_prior, bias_prior)
     parameters = Parameters(weight, bias, weight_rho, bias_rho, *priors)
-    settings = _settings("layer", posterior, noise, sample_dim, prior_std, eps, *values)
     shape = checks.as_shape(normalized_shape)
+    settings = _settings(shape, "layer", posterior, noise, sample_dim, prior_std, eps, *values)
     y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
     _check_finite(kl, weight=weight, bias=bias, weight_rho=weight_rho, bias_rho=bias_rho)
     return (y, kl) if residual is None else (y, sum_, kl)
@@ -162,8 +162,8 @@ def kl_rms_norm(
     """
     priors, values = _priors(weight_prior, 0.0)
     parameters = Parameters(weight, None, weight_rho, None, *priors)
-    settings = _settings("rms", posterior, noise, sample_dim, prior_std, eps, *values)
     shape = checks.as_shape(normalized_shape)
+    settings = _settings(shape, "rms", posterior, noise, sample_dim, prior_std, eps, *values)
     y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
     _check_finite(kl, weight=weight, weight_rho=weight_rho)
     return (y, kl) if residual is None else (y, sum_, kl)
@@ -217,27 +217,27 @@ def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, g
     return y, sum_, kl.reshape(1) if rows.groups == 1 and parameters.weight.dim() > len(shape) else kl
 
 
-def _settings(*fields):
+def _settings(shape, *fields):
     """`Settings` that are valid: those of a layer are checked with a call, but True would pass for a known 1."""
     settings = Settings(*fields)
-    _check_settings(settings)
+    _check_settings(settings, shape)
     return settings
 
 
-def _check_settings(settings):
+def _check_settings(settings, shape):
     kind, posterior, noise, sample_dim, prior_std, eps, *values = settings
     checks.check_config(prior_std, 0.0 if kind == "rms" and eps is None else eps, noise)
     checks.check_posterior(posterior)
     if noise == "sample":
         checks.check_sample_dim(sample_dim)
     for name, value in zip(("weight_prior", "bias_prior"), values, strict=True):
-        checks.check_prior_mean(name, value)
+        checks.check_prior_mean(name, value, shape)
 
 
 def _check_call(x, residual, shape, parameters, settings, sample):
     """Raise unless the arguments of a call fit each other; return (`Prior`, eps, `Rows`)."""
     kind, posterior, noise, sample_dim, prior_std, eps, *values = settings
-    _check_settings(settings)
+    _check_settings(settings, shape)
     weight, bias, weight_rho, bias_rho, *priors = parameters
     checks.check_input(x, shape)
     checks.check_residual(residual, x)
