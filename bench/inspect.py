@@ -22,11 +22,10 @@ from typing import NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from klnorm import launch, tuning
+from klnorm import launch
 from klnorm.reference.kl_norm import accumulation_dtype
-from klnorm.spec import Prior, Rows, dtypes_of, make_spec
+from klnorm.spec import Parameters, Prior, Rows, dtypes_of, make_spec
 from klnorm.versions import reaches
 
 from .report import commit
@@ -87,11 +86,31 @@ VECTOR_WIDTHS = 768, 1000, 3072, 5120, 12288
 ROW_SCALARS = 8  # accesses of single numbers of a row in one loop, at most: mean, rstd, row sums, first feature
 
 
+class Driver:
+    """A GPU of some capability that Triton can compile for, and nothing can be launched on."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+
 def calls(n_cols, dtype, mode, arch):
-    """Kind -> (the `launch.Call` that klnorm would make for ROWS x n_cols in this mode, tensors without memory)."""
-    capability, multiprocessors = ARCHITECTURES[arch]
-    clusters = tuning.has_clusters(divmod(capability, 10), triton.__version__)
-    target = launch.Target(torch.device("meta"), multiprocessors, True, clusters)
+    """Kind -> (the `launch.Call` that klnorm would make for ROWS x n_cols in this mode, tensors without memory).
+
+    The tensors are the first arguments of the kernel.
+    """
+    target = launch.Target(torch.device("meta"), ARCHITECTURES[arch][1], True)
 
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -101,38 +120,38 @@ def calls(n_cols, dtype, mode, arch):
     rows, statistics, kl = tensor(ROWS, n_cols, dtype=dtype), tensor(ROWS, 2, dtype=acc), tensor(groups, dtype=acc)
     residual = rows if with_residual else None
     scale, shift = tensor(groups, n_cols), None if rms else tensor(groups, n_cols)
-    parameters = [scale, shift, scale, shift, tensor(n_cols), None if rms else tensor(n_cols)]
+    parameters = Parameters(scale, shift, scale, shift, tensor(n_cols), None if rms else tensor(n_cols))
     seed = None if mode == "eval" else tensor(1, dtype=torch.int64)
     layout = Rows.of(seed is not None, ROWS, groups, draws, inner)
     dtypes = dtypes_of(rows, residual, *parameters)
     spec = make_spec("rms" if rms else "layer", "sampled", 1e-5, Prior(0.0, 0.0, 0.1), n_cols, layout, dtypes)
-    forward, _ = launch.forward_call(spec, target, *launch._access(n_cols, (rows, residual))[1:])
-    cotangents, access = dtypes_of(rows, residual, kl), launch._access(n_cols, (rows, rows, residual))[1:]
-    plan = launch.backward_plan(spec, target, cotangents, *access)
-    partial, *row_sums = (tensor(*buffer, dtype=acc) for buffer in plan.buffers)
-    of_rows = rows, rows, residual, scale, scale, shift, statistics
-    return {
-        "forward": (forward, (rows, residual, *parameters, rows, residual, statistics, kl, seed)),
-        "backward": (plan.rows, (*of_rows, rows, None, partial, *row_sums, seed)),
-        "finalize": (plan.finalize, (partial, kl, *parameters, *parameters[:4], seed)),
-    }
+    forward = launch.forward_plan(spec, target, *launch._access(n_cols, (rows, residual))[1:])
+    access = launch._access(n_cols, (rows, rows, residual))[1:]
+    backward = launch.backward_plan(spec, target, dtypes_of(rows, residual, kl), *access)
+    prepared = None if forward.prepare is None else tensor(*forward.prepared, dtype=acc)
+    partial = tensor(*backward.partial, dtype=acc)
+    found = {
+        "prepare": (backward.prepare, (parameters, seed, prepared)),
+        "forward": (forward.rows, (rows, residual, prepared, parameters, seed, (rows, residual, statistics), kl)),
+        "backward": (
+            backward.rows, (rows, rows, residual, statistics, prepared, parameters, seed, (rows, None), partial)
+        ),
+        "sums": (backward.sums, (rows, rows, statistics, prepared, parameters, seed, partial)),
+        "finalize": (backward.finalize, (partial, kl, parameters, seed, parameters[:4])),
+    }  # fmt: skip
+    if backward.sums is not None:
+        call, tensors = found["backward"]
+        found["backward"] = call, tensors[:-1]
+    return {kind: (call, tensors) for kind, (call, tensors) in found.items() if call is not None}
 
 
 def compile_ahead(call, tensors, capability):
-    """The compiled kernel of a call, with the types and alignments that Triton's launcher would find."""
-    names = call.kernel.arg_names
-    signature, constants, attributes = dict.fromkeys(names, "constexpr"), dict(call.constants), {}
-    for i, (name, value) in enumerate(zip(names, (*tensors, *call.sizes), strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
-        else:
-            constants[name] = None
-    source = ASTSource(call.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=call.options)
+    """The compiled kernel of a call, with the types and alignments that Triton's launcher would find.
+
+    For a process of its own: Triton takes the machine for one with such a GPU from here on.
+    """
+    triton.runtime.driver.set_active(Driver(capability))
+    return call.kernel.warmup(*tensors, *call._rest, grid=call.grid, **call.options)
 
 
 def disassemble(cubin, *options):

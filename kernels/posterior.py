@@ -1,10 +1,15 @@
-"""The Gaussian posteriors of scale and shift: deviations, sampling, and their divergence from the prior."""
+"""The Gaussian posteriors of scale and shift: deviations, samples, and their divergence from the prior."""
 
 import triton
 import triton.language as tl
 
-from .noise import normals
-from .rows import load_parameter
+from .noise import SCALE_STREAM, SHIFT_STREAM, normals
+from .rows import as_int64, in_group, load_parameter
+
+FLOOR = tl.constexpr(1e-3)  # of the deterministic reading, see klnorm/reference/kl_norm.py
+# The least variance of a shift in backward: keeps the derivative of sqrt(scale_var * xhat^2 + shift_var) finite without
+# a test per element; the least normal number changes no deviation above 1e-19.
+LEAST_VARIANCE = tl.constexpr(2.0**-126)
 
 # Below this rho, softplus(rho) = exp(rho) to the last bit of fp64, and its logarithm is rho itself.
 _TINY_RHO = tl.constexpr(-40.0)
@@ -39,16 +44,16 @@ def sigmoid(rho):
 
 
 @triton.jit
-def kl_terms(mean, rho, prior_mean, prior_std: tl.constexpr):
+def kl_terms(mean, rho, prior_mean, prior_std):
     """KL(N(mean, s^2) || N(prior_mean, prior_std^2)) of every element, in nats."""
     ratio = softplus(rho) / prior_std
-    log_ratio = tl.where(rho < _TINY_RHO, rho - tl.log(prior_std + 0.0 * rho), tl.log(ratio))
+    log_ratio = tl.where(rho < _TINY_RHO, rho - tl.log(prior_std), tl.log(ratio))
     offset = (mean - prior_mean) / prior_std
     return 0.5 * (ratio * ratio - 1.0 + offset * offset) - log_ratio
 
 
 @triton.jit
-def kl_terms_deterministic(weight, bias, bias_prior, prior_std: tl.constexpr, FLOOR: tl.constexpr):
+def kl_terms_deterministic(weight, bias, bias_prior, prior_std):
     """KL(N(bias, weight^2) || N(bias_prior, prior_std^2)) of every element, in nats; floored in the logarithm."""
     ratio = weight / prior_std
     offset = (bias - bias_prior) / prior_std
@@ -56,7 +61,7 @@ def kl_terms_deterministic(weight, bias, bias_prior, prior_std: tl.constexpr, FL
 
 
 @triton.jit
-def kl_rho_gradient(rho, prior_std: tl.constexpr):
+def kl_rho_gradient(rho, prior_std):
     """d KL / d rho = (s / prior_std^2 - 1 / s) ds/drho, finite where s underflows."""
     s, slope = softplus(rho), sigmoid(rho)
     inverse = tl.where(rho < _TINY_RHO, 1.0, slope / tl.where(rho < _TINY_RHO, 1.0, s))
@@ -64,36 +69,108 @@ def kl_rho_gradient(rho, prior_std: tl.constexpr):
 
 
 @triton.jit
-def load_std(rho_ptr, cols, mask, NOISE: tl.constexpr, ACC: tl.constexpr):
-    """Deviation [1, BLOCK_N] of a parameter; 0 where it is not sampled."""
-    if NOISE == "none" or rho_ptr is None:
-        return tl.zeros(cols.shape, ACC)
+def load_prior(ptr, cols, mask, number, ACC: tl.constexpr):
+    """A prior's means [1, BLOCK_N], which all groups share; `number` everywhere where ptr is None."""
+    if ptr is None:
+        return tl.full(cols.shape, number, ACC)
     else:
-        return softplus(load_parameter(rho_ptr, cols, mask, 0.0, ACC))
+        return tl.load(ptr + cols, mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def shared_normals(k0, k1, draw, first_col, STREAM: tl.constexpr, BLOCK_N: tl.constexpr, FAST: tl.constexpr):
-    """Normals [1, BLOCK_N] that all rows of one draw share."""
-    draw = (tl.zeros((1, 1), tl.int64) + draw).to(tl.uint32)
-    return normals(k0, k1, draw, first_col, STREAM, BLOCK_N, FAST)
+def store_kl(kl_ptr, parameters, weight_prior, bias_prior, prior_std, MODE: tl.constexpr, TILE: tl.constexpr):
+    """KL divergence of the N scales and shifts of this program's group, summed in a fixed order.
+
+    Without deviations, in the deterministic reading. A quarter of a tile at a time, for fewer registers than rows take.
+    """
+    ACC: tl.constexpr = kl_ptr.dtype.element_ty
+    BLOCK: tl.constexpr = min(TILE.BLOCK_N, max(16, TILE.BLOCK_M * TILE.BLOCK_N // 4))
+    total, std = tl.zeros((1, BLOCK), ACC), tl.full((1, 1), prior_std, ACC)
+    for first_col in range(0, TILE.N, BLOCK):
+        cols = first_col + tl.arange(0, BLOCK)[None, :]
+        mask, own = cols < TILE.N, in_group(cols, MODE, TILE.N)
+        weight = load_parameter(parameters.weight, own, mask, ACC)
+        bias = load_parameter(parameters.bias, own, mask, ACC)
+        prior = load_prior(parameters.bias_prior, cols, mask, bias_prior, ACC)
+        if parameters.weight_rho is None:
+            terms = kl_terms_deterministic(weight, bias, prior, std)
+        else:
+            terms = tl.zeros((1, BLOCK), ACC)
+            if parameters.bias is not None:
+                terms += kl_terms(bias, load_parameter(parameters.bias_rho, own, mask, ACC), prior, std)
+            prior = load_prior(parameters.weight_prior, cols, mask, weight_prior, ACC)
+            terms += kl_terms(weight, load_parameter(parameters.weight_rho, own, mask, ACC), prior, std)
+        total += tl.where(mask, terms, 0.0)
+    tl.store(kl_ptr + tl.program_id(1), tl.sum(total))
 
 
 @triton.jit
-def sample(
-    mean, std, k0, k1, draw, first_col,
-    STREAM: tl.constexpr, NOISE: tl.constexpr, BLOCK_N: tl.constexpr, FAST: tl.constexpr,
+def _sample(
+    mean_ptr, rho_ptr, k0, k1, draw, first_col, own, mask,
+    STREAM: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Scale or shift [1, BLOCK_N] of a draw; its mean in evaluation, and where every row has a draw of its own."""
-    if NOISE == "shared":
-        return mean + std * shared_normals(k0, k1, draw, first_col, STREAM, BLOCK_N, FAST).to(mean.dtype)
-    return mean
+    """Scale or shift [1, BLOCK_N] of a draw that rows share; else its mean."""
+    value = load_parameter(mean_ptr, own, mask, ACC)
+    if MODE.NOISE == "shared" and rho_ptr is not None:
+        std = softplus(load_parameter(rho_ptr, own, mask, ACC))
+        draw = as_int64(draw).to(tl.uint32)[None, None]
+        value += std * normals(k0, k1, draw, first_col, STREAM, TILE.BLOCK_N, MODE.FAST).to(ACC)
+    return value
 
 
 @triton.jit
-def merged_variance(xhat, scale_std, shift_std, HAS_BIAS: tl.constexpr):
-    """Variance of gamma * xhat + beta of an element with a draw of its own."""
-    variance = (scale_std * scale_std) * (xhat * xhat)
-    if HAS_BIAS:
-        variance += shift_std * shift_std
-    return variance
+def load_affine(
+    prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col,
+    MODE: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(scale, shift) [1, BLOCK_N] of a draw that rows share, prepared or made here; else their means."""
+    cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
+    mask = cols < TILE.N
+    if MODE.NOISE == "shared" and prepared_ptr is not None:
+        cols += prepared_at(draw, n_draws, parameters, TILE)
+        scale = load_parameter(prepared_ptr, cols, mask, ACC)
+        shift = scale
+        if parameters.bias is not None:
+            shift = load_parameter(prepared_ptr, cols + TILE.N, mask, ACC)
+    else:
+        own = in_group(cols, MODE, TILE.N)
+        scale = _sample(
+            parameters.weight, parameters.weight_rho, k0, k1, first_draw + draw, first_col, own, mask,
+            SCALE_STREAM, MODE, TILE, ACC,
+        )  # fmt: skip
+        shift = _sample(
+            parameters.bias, parameters.bias_rho, k0, k1, first_draw + draw, first_col, own, mask,
+            SHIFT_STREAM, MODE, TILE, ACC,
+        )  # fmt: skip
+    return scale, shift
+
+
+@triton.jit
+def load_variances(
+    prepared_ptr, parameters, first_col,
+    LEAST: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(variance of the scale, of the shift) [1, BLOCK_N], the latter at least LEAST, prepared or made here."""
+    cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
+    mask = cols < TILE.N
+    shift = tl.full(cols.shape, LEAST, ACC)
+    if prepared_ptr is not None:
+        cols += prepared_at(0, 1, parameters, TILE)
+        scale = load_parameter(prepared_ptr, cols, mask, ACC)
+        if parameters.bias is not None:
+            shift = tl.load(prepared_ptr + cols + TILE.N, mask, other=1.0)  # never 0: its root divides
+    else:
+        own = in_group(cols, MODE, TILE.N)
+        std = softplus(load_parameter(parameters.weight_rho, own, mask, ACC))
+        scale = std * std
+        if parameters.bias is not None:
+            std = softplus(load_parameter(parameters.bias_rho, own, mask, ACC))
+            shift = tl.maximum(std * std, LEAST, propagate_nan=tl.PropagateNan.ALL)
+    return scale, shift
+
+
+@triton.jit
+def prepared_at(draw, n_draws, parameters, TILE: tl.constexpr):
+    """Where what is prepared for a draw begins, in (groups * n_draws, 2, N), or 1 without a shift."""
+    HALVES: tl.constexpr = 1 if parameters.bias is None else 2
+    return (tl.program_id(1).to(tl.int64) * n_draws + draw) * (HALVES * TILE.N)

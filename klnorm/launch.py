@@ -1,7 +1,8 @@
 """Allocates outputs, chooses tiles and grids, and launches the kernels. Knows no autograd.
 
-Same arguments and results as `klnorm.cpu`. Forward launches one kernel, backward two. What a launch takes beside its
-tensors is worked out once for every shape, as on small inputs the host is what takes the time.
+Same arguments and results as `klnorm.cpu`. Forward launches one kernel, backward two; either one more where parameters
+are prepared, and backward another for wide rows. What a launch takes beside its tensors is worked out once for every
+shape, as on small inputs the host is what takes the time.
 """
 
 import dataclasses
@@ -14,11 +15,14 @@ import torch
 import triton
 
 from . import tuning
-from .kernels.backward import backward_kernel, backward_wide_kernel
+from .kernels.backward import backward_kernel
 from .kernels.finalize import finalize_kernel
-from .kernels.forward import forward_kernel, forward_wide_kernel
-from .reference.kl_norm import FLOOR
-from .spec import dtypes_of
+from .kernels.forward import forward_kernel
+from .kernels.posterior import LEAST_VARIANCE
+from .kernels.prepare import prepare_kernel
+from .kernels.rows import Mode, Tile
+from .kernels.wide import dx_wide_kernel, forward_wide_kernel, sums_wide_kernel
+from .spec import Parameters, dtypes_of
 from .versions import reaches
 
 # Versions whose compiled kernels can be launched directly, as was tried out; see `Call.launch`.
@@ -27,85 +31,86 @@ _DIRECT = reaches(triton.__version__, (3, 6)) and not reaches(triton.__version__
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """What a launch needs to know of a device.
-
-    `fast`: the noise may use NVIDIA's own instructions; `clusters`: a row may be split over several multiprocessors.
-    """
+    """What a launch needs to know of a device. `fast`: the noise may use NVIDIA's own instructions."""
 
     device: torch.device
     multiprocessors: int
     fast: bool
-    clusters: bool
 
 
 @dataclasses.dataclass(eq=False)
 class Call:
     """A kernel with everything that its launches take but tensors and seed, which are its first arguments.
 
-    `device` is where the tensors are, `dtypes` tells what their dtypes are; `grid`: programs, each of `num_ctas`
-    blocks, and groups; `sizes`: the arguments after the seed; `constants`: the others, by name.
+    `device` is where the tensors are, `dtypes` tells what they are, and which of them there are; `grid`: programs,
+    groups and, where rows are in pieces, these; `numbers`: the arguments after the tensors; `constants`: the others, by
+    name.
     """
 
     kernel: object
     device: torch.device
     dtypes: tuple
     grid: tuple
-    sizes: tuple
+    numbers: tuple
     constants: dict
     num_warps: int
-    num_ctas: int = 1
 
     def __post_init__(self):
         ordered = tuple([self.constants[name] for name in self.kernel.arg_names if name in self.constants])
-        widths = tuple([size < 2**31 for size in self.sizes])
-        self._rest = *self.sizes, *ordered
-        self._compiled = _compiled(
-            self.kernel, self.device, self.dtypes, widths, ordered, self.num_warps, self.num_ctas
-        )
+        widths = tuple([number < 2**31 for number in self.numbers])
+        self._rest = *self.numbers, *ordered
+        self._compiled = _compiled(self.kernel, self.device, self.dtypes, widths, ordered, self.num_warps)
         self._launchers = {}
         self._index = self.device.index if self.device.type == "cuda" else None
 
     @property
     def options(self):
         """Of the compiler; fused multiply-adds explicitly, since Triton's default for them changes with its version."""
-        return {"num_warps": self.num_warps, "num_ctas": self.num_ctas, "enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
 
-    def launch(self, inputs, outputs, seed):
-        """Launch with new `outputs` and a seed that is an int, a tensor or None.
+    def launch(self, inputs, parameters, seed, outputs):
+        """Launch with new `outputs`, which may lie in tuples, and a seed that is an int, a tensor or None.
 
         Triton examines every argument of every launch, constants too, which takes longer than all else here. So what
-        it has compiled is kept, whatever the sizes, and launched directly where nothing differs that another kernel
+        it has compiled is kept, whatever the numbers, and launched directly where nothing differs that another kernel
         could be needed for: the kind of the seed, and which tensors are aligned to 16 bytes, as new memory always is.
         """
         if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                return self.launch(inputs, outputs, seed)
-        pointers = [0 if t is None else t.data_ptr() for t in inputs]
-        aligned = not functools.reduce(operator.or_, pointers) % 16
-        kind = type(seed) if aligned else (type(seed), *[p % 16 for p in pointers])
+                return self.launch(inputs, parameters, seed, outputs)
+        pointers, of_parameters = _pointers(inputs), _pointers(parameters)
+        aligned = not functools.reduce(operator.or_, pointers + of_parameters) % 16
+        kind = type(seed) if aligned else (type(seed), *[p % 16 for p in pointers + of_parameters])
         launcher = self._launchers.get(kind) or self._launcher(kind)
         if launcher is None or _is_observed(self.kernel):
-            return self._launch_by_triton(kind, inputs, outputs, seed)
-        pointers += [0 if t is None else t.data_ptr() for t in outputs]
-        return launcher(*pointers, seed if type(seed) is int or seed is None else seed.data_ptr(), *self._rest)
+            return self._launch_by_triton(kind, inputs, parameters, seed, outputs)
+        seed = seed if type(seed) is int or seed is None else seed.data_ptr()
+        return launcher(*pointers, of_parameters, seed, *_pointers(outputs), *self._rest)
 
     def _launcher(self, kind):
         """The launcher of this grid, of a kernel that a call of other sizes may have had compiled."""
         compiled = self._compiled.get(kind)
         if compiled is not None:
-            self._launchers[kind] = compiled[(*self.grid, 1)]
+            self._launchers[kind] = compiled[(*self.grid, 1)[:3]]
         return self._launchers.get(kind)
 
-    def _launch_by_triton(self, kind, inputs, outputs, seed):
-        compiled = self.kernel[self.grid](*inputs, *outputs, seed, *self._rest, **self.options)
+    def _launch_by_triton(self, kind, inputs, parameters, seed, outputs):
+        compiled = self.kernel[self.grid](*inputs, parameters, seed, *outputs, *self._rest, **self.options)
         if _DIRECT and compiled is not None and not _is_observed(self.kernel):  # the interpreter compiles nothing
             self._compiled[kind] = compiled
 
 
 @functools.lru_cache(4096)
-def _compiled(kernel, device, dtypes, widths, constants, num_warps, num_ctas):
+def _compiled(kernel, device, dtypes, widths, constants, num_warps):
     """What Triton has compiled for launches that agree in these: kind, see `Call.launch` -> compiled kernel."""
     return {}
+
+
+def _pointers(tensors):
+    """Their addresses as Triton's launcher takes them, tuples in the place of tuples, 0 for None."""
+    return tuple([
+        0 if t is None else _pointers(t) if type(t) is tuple else t.data_ptr() for t in tensors
+    ])  # fmt: skip
 
 
 def _is_observed(kernel):
@@ -121,13 +126,14 @@ def _is_observed(kernel):
 
 def forward(x, residual, parameters, seed, spec):
     """(y, sum, kl, statistics) of `Parameters` and a `Spec`; statistics (M, 2): mean and rstd, (M, 1) for RMSNorm."""
-    device, rows = x.device, spec.rows
     operands, vec, strides = _access(spec.n_cols, (x, residual))
-    call, acc = forward_call(spec, _target(device), vec, strides)
+    plan = forward_plan(spec, _target(x.device), vec, strides)
+    parameters = _contiguous(parameters)
     y, sum_ = _empty_like(x), None if residual is None else _empty_like(residual)
-    statistics = torch.empty((rows.n_rows, 1 if spec.kind == "rms" else 2), dtype=acc, device=device)
-    kl = statistics.new_empty(() if rows.groups == 1 else rows.groups)
-    call.launch((*operands, *_contiguous(parameters)), (y, sum_, statistics, kl), seed)
+    statistics = torch.empty(plan.statistics, dtype=plan.dtype, device=x.device)
+    kl = statistics.new_empty(plan.kl)
+    prepared = _prepared(plan, parameters, seed, statistics)
+    plan.rows.launch((*operands, prepared), parameters, seed, ((y, sum_, statistics), kl))
     return y, sum_, kl, statistics
 
 
@@ -139,44 +145,70 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
     operands, vec, strides = _access(spec.n_cols, (z, dy, dsum) if dy is not None else (None,) * 3)
     plan = backward_plan(spec, _target(z.device), dtypes_of(dy, dsum, dkl), vec, strides)
     parameters = _contiguous(parameters)
-    weight, bias, weight_rho, bias_rho, *_ = parameters
-    buffers = [statistics.new_empty(shape) for shape in plan.buffers]
-    dx = None if dy is None else _empty_like(dy)
-    dresidual = None if dy is None or dy.dtype == z.dtype else _empty_like(z)
+    partial = statistics.new_empty(plan.partial)
+    dx = dresidual = None
+    if dy is not None:
+        dx, dresidual = _empty_like(dy), None if dy.dtype == z.dtype else _empty_like(z)
     if plan.rows is not None:
-        plan.rows.launch((*operands, weight, weight_rho, bias_rho, statistics), (dx, dresidual, *buffers), seed)
-    gradients = [None if p is None else torch.empty_like(p) for p in (weight, bias, weight_rho, bias_rho)]
-    plan.finalize.launch((buffers[0], None if dkl is None else dkl.contiguous(), *parameters), gradients, seed)
+        inputs = (*operands, statistics, _prepared(plan, parameters, seed, statistics))
+        if plan.sums is None:
+            plan.rows.launch(inputs, parameters, seed, ((dx, dresidual), partial))
+        else:
+            plan.rows.launch(inputs, parameters, seed, ((dx, dresidual),))
+            plan.sums.launch((*operands[:2], *inputs[3:]), parameters, seed, (partial,))
+    gradients = tuple([None if p is None else torch.empty_like(p) for p in parameters[:4]])
+    plan.finalize.launch((partial, None if dkl is None else dkl.contiguous()), parameters, seed, (gradients,))
     return dx, dresidual, *gradients
 
 
-@functools.lru_cache(4096)
-def forward_call(spec, target, vec, strides):
-    """(the launch of the forward kernel, the dtype it computes in), for an `_access` to x and the residual."""
-    rows, n_cols, itemsize = spec.rows, spec.n_cols, spec.dtypes[0].itemsize
-    draws, _ = rows.in_group
-    tile = tuning.tile(n_cols, itemsize, clusters=target.clusters)
-    runs = tuning.forward_runs(rows.group_rows, draws, rows.groups, tile, n_cols * itemsize, target.multiprocessors)
-    sizes = *strides, *_walk(rows, runs)
-    constants = {
-        **_prior(spec), "eps": spec.eps, "IS_RMS": spec.kind == "rms",
-        **_constants(target, rows, runs, tile, n_cols, vec),
-    }  # fmt: skip
-    kernel = forward_wide_kernel if tile.wide else forward_kernel
-    grid = 1 + runs.programs, rows.groups
-    call = Call(kernel, target.device, spec.dtypes, grid, sizes, constants, tile.num_warps, tile.num_ctas)
-    return call, torch.float64 if itemsize == 8 else torch.float32
+def _prepared(plan, parameters, seed, like):
+    """What rows need of the parameters; None where every program makes it itself."""
+    if plan.prepare is None:
+        return None
+    prepared = like.new_empty(plan.prepared)
+    plan.prepare.launch((), parameters, seed, (prepared,))
+    return prepared
+
+
+class ForwardPlan(NamedTuple):
+    """The launches of a forward, `prepare` None where rows prepare parameters themselves; shapes of tensors; `dtype` of
+    statistics, KL and what is prepared."""
+
+    prepare: Call | None
+    rows: Call
+    prepared: tuple
+    statistics: tuple
+    kl: tuple
+    dtype: torch.dtype
 
 
 class BackwardPlan(NamedTuple):
-    """The two launches of a backward, that of the rows None where there is nothing to do for them.
+    """The launches of a backward, None where there is nothing to do for them; shapes of the scratch tensors.
 
-    `buffers`: shapes of the partial sums, see `kernels/backward.py`, and for wide rows of their sums.
+    `sums`: of wide rows, whose column sums are a launch of their own.
     """
 
+    prepare: Call | None
     rows: Call | None
+    sums: Call | None
     finalize: Call
-    buffers: tuple
+    prepared: tuple
+    partial: tuple
+
+
+@functools.lru_cache(4096)
+def forward_plan(spec, target, vec, strides):
+    """The launches of a forward, for an `_access` to x and the residual."""
+    rows, n_cols, itemsize = spec.rows, spec.n_cols, spec.dtypes[0].itemsize
+    shape, (draws, _) = tuning.forward_shape(n_cols, itemsize), rows.in_group
+    prepare, prepared = _prepare(spec, target, 0.0)
+    kernel = forward_wide_kernel if tuning.is_wide(n_cols, itemsize) else forward_kernel
+    grid = 1 + draws * triton.cdiv(rows.group_rows // draws, shape.block_m), rows.groups
+    numbers = *strides, *_numbers(rows), *spec.prior, spec.eps
+    constants = {"MODE": _mode(spec, target), "TILE": _tile(spec, shape, vec)}
+    of_rows = Call(kernel, target.device, _dtypes(spec, prepare), grid, numbers, constants, shape.num_warps)
+    statistics, kl = (rows.n_rows, 1 if spec.kind == "rms" else 2), () if rows.groups == 1 else (rows.groups,)
+    return ForwardPlan(prepare, of_rows, prepared, statistics, kl, torch.float64 if itemsize == 8 else torch.float32)
 
 
 @functools.lru_cache(4096)
@@ -184,64 +216,73 @@ def backward_plan(spec, target, cotangents, vec, strides):
     """The launches of a backward: `dtypes_of` dy, dsum and dkl, `_access` to z, dy and dsum."""
     rows, n_cols = spec.rows, spec.n_cols
     z = spec.dtypes[1] or spec.dtypes[0]
-    has_dy, has_bias, itemsize = cotangents[0] is not None, spec.dtypes[3] is not None, z.itemsize
-    splits = tuning.splits_in_registers(triton.__version__)
-    tile = tuning.tile(n_cols, itemsize, True, target.clusters, rows.noise == "merged" and has_bias, splits)
-    draws, _ = rows.in_group
-    runs = tuning.backward_runs(
-        rows.group_rows if has_dy else 0, draws, rows.groups, tile, n_cols, itemsize, target.multiprocessors
-    )
+    four_sums, mode = rows.noise == "merged" and spec.dtypes[3] is not None, _mode(spec, target)
+    prepare = of_rows = sums = None
+    prepared, programs, many_draws = (), 0, False
+    if cotangents[0] is not None and rows.n_rows:
+        prepare, prepared = _prepare(spec, target, LEAST_VARIANCE.value)
+        dtypes, numbers = (z, *cotangents, *_dtypes(spec, prepare)), (*strides, *_numbers(rows))
+        wide = tuning.is_wide(n_cols, z.itemsize)
+        shape = (tuning.sums_wide_shape if wide else tuning.backward_shape)(n_cols, z.itemsize, four_sums)
+        programs, many_draws = tuning.backward_programs(rows, shape, n_cols, z.itemsize, target.multiprocessors)
+        constants = {"MANY_DRAWS": many_draws, "MODE": mode, "TILE": _tile(spec, shape, vec)}
+        grid = programs, rows.groups
+        if not wide:
+            of_rows = Call(backward_kernel, target.device, dtypes, grid, numbers, constants, shape.num_warps)
+        else:
+            grid, of_sums = (*grid, triton.cdiv(n_cols, shape.block_n)), (*numbers[:2], *numbers[3:])
+            sums = Call(sums_wide_kernel, target.device, dtypes, grid, of_sums, constants, shape.num_warps)
+            shape, (draws, _) = tuning.dx_wide_shape(n_cols, z.itemsize), rows.in_group
+            grid = draws * triton.cdiv(rows.group_rows // draws, shape.block_m), rows.groups
+            constants = {"MODE": mode, "TILE": _tile(spec, shape, vec)}
+            of_rows = Call(dx_wide_kernel, target.device, dtypes, grid, numbers, constants, shape.num_warps)
+    shape = tuning.finalizer_shape(n_cols)
+    draws, _, *places = _numbers(rows)
+    numbers = programs, draws, *places, *spec.prior
+    constants = {"MANY_DRAWS": many_draws, "MODE": mode._replace(ORDER="rows"), "TILE": _tile(spec, shape)}
+    grid, dtypes = (triton.cdiv(n_cols, shape.block_n), rows.groups), (z, *cotangents, *spec.dtypes)
+    finalize = Call(finalize_kernel, target.device, dtypes, grid, numbers, constants, shape.num_warps)
+    slots = 4 if rows.noise == "merged" or many_draws else 2
+    return BackwardPlan(prepare, of_rows, sums, finalize, prepared, (rows.groups * programs, slots, n_cols))
+
+
+def _prepare(spec, target, least):
+    """(the launch that prepares parameters or None, shape of what it prepares); `least`: variance of a shift."""
+    rows = spec.rows
+    if not tuning.prepares(rows, spec.n_cols):
+        return None, ()
+    shape, (draws, _, *places) = tuning.prepare_shape(spec.n_cols), _numbers(rows)
+    grid = draws * triton.cdiv(spec.n_cols, shape.block_n), rows.groups
     constants = {
-        "IS_RMS": spec.kind == "rms", "HAS_BIAS": has_bias, **_constants(target, rows, runs, tile, n_cols, vec)
+        "LEAST": 0.0 if rows.noise == "shared" else least,
+        "MODE": _mode(spec, target)._replace(ORDER="rows"), "TILE": _tile(spec, shape),
     }  # fmt: skip
-    constants["SLOTS"] = 4 if rows.noise == "merged" or constants["SPAN"] else 2
-    if not tile.wide:
-        constants["HALVES"] = tile.halves
-    kernel = backward_wide_kernel if tile.wide else backward_kernel
-    grid, sizes = (runs.programs, rows.groups), (*strides, *_walk(rows, runs))
-    dtypes = z, *cotangents, *spec.dtypes
-    of_rows = Call(kernel, target.device, dtypes, grid, sizes, constants, tile.num_warps, tile.num_ctas)
-    partial = rows.groups * runs.programs, constants["SLOTS"], n_cols
-    buffers = (partial, (rows.n_rows, 2)) if tile.wide else (partial,)
-
-    block_p, block_n, num_warps = tuning.finalizer_tile(n_cols)
-    sizes = runs.programs, runs.runs_per_share, *_places(rows)
-    constants = {
-        **_prior(spec),
-        **{name: constants[name] for name in ("NOISE", "SPAN", "GROUPED", "FAST", "N", "SLOTS")},
-        "BLOCK_P": block_p, "BLOCK_N": block_n,
-    }  # fmt: skip
-    grid = triton.cdiv(n_cols, block_n), rows.groups
-    finalize = Call(finalize_kernel, target.device, dtypes, grid, sizes, constants, num_warps)
-    return BackwardPlan(of_rows if runs.programs else None, finalize, buffers)
+    double = spec.dtypes[0].itemsize == 8
+    dtypes = (double, *spec.dtypes[2:])
+    prepared = (rows.groups * draws, 1 if spec.dtypes[3] is None else 2, spec.n_cols)
+    return Call(prepare_kernel, target.device, dtypes, grid, (draws, *places), constants, shape.num_warps), prepared
 
 
-def _walk(rows, runs):
-    """Kernel arguments: how programs walk through the rows of a group, and where these lie among all."""
+def _dtypes(spec, prepare):
+    """What the inputs of a kernel of rows are, for `Call`."""
+    return *spec.dtypes, prepare is not None
+
+
+def _numbers(rows):
+    """Kernel arguments: how a group's rows fall into draws, and where they lie among all."""
     draws, inner = rows.in_group
-    rows_per_draw = rows.group_rows // draws
-    return draws, inner, rows_per_draw, runs.run_rows, runs.runs_per_share, runs.share_rows, *_places(rows)
+    return draws, inner, rows.group_rows // draws, max(1, rows.draws), max(1, rows.inner)
 
 
-def _places(rows):
-    """Kernel arguments: where a group's rows and draws lie among all."""
-    return rows.group_rows, rows.draws, max(1, rows.inner)
-
-
-def _prior(spec):
-    prior = spec.prior
-    return {"weight_prior": prior.weight, "bias_prior": prior.bias, "prior_std": prior.std, "FLOOR": FLOOR}
-
-
-def _constants(target, rows, runs, tile, n_cols, vec):
+def _mode(spec, target):
+    rows = spec.rows
     draws, inner = rows.in_group
-    order = "rows" if rows.noise != "shared" or draws * inner >= rows.group_rows else "blocked"
-    return {
-        "NOISE": rows.noise, "SPAN": rows.noise == "shared" and runs.span,
-        "ORDER": "strided" if order == "blocked" and inner == 1 else order,
-        "GROUPED": rows.groups > 1, "FAST": target.fast, "N": n_cols, "VEC": vec,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
-    }  # fmt: skip
+    order = "rows" if rows.noise != "shared" or draws * inner >= rows.group_rows else "strided" if inner == 1 else "blocked"
+    return Mode(spec.kind == "rms", rows.noise, order, rows.groups > 1, target.fast)
+
+
+def _tile(spec, shape, vec=1):
+    return Tile(spec.n_cols, vec, shape.block_m, shape.block_n, shape.num_stages)
 
 
 def _empty_like(tensor):
@@ -277,8 +318,8 @@ def _rows(x, n_cols):
     return rows, n_cols if rows.is_contiguous() else rows.stride(0)
 
 
-def _contiguous(tensors):
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+def _contiguous(parameters):
+    return Parameters(*[t if t is None or t.is_contiguous() else t.contiguous() for t in parameters])
 
 
 def _multiprocessors(device):
@@ -286,19 +327,13 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _capability(device):
-    """Compute capability; (0, 0) where NVIDIA's own instructions do not run: other devices, Triton's interpreter."""
+def _fast(device):
+    """Whether the noise may use NVIDIA's own instructions, those of sm_80; not in Triton's interpreter."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     native = isinstance(forward_kernel, triton.JITFunction)
-    return torch.cuda.get_device_capability(device) if nvidia and native else (0, 0)
-
-
-def _fast(device):
-    """Whether the noise may use NVIDIA's own instructions: those of sm_80."""
-    return _capability(device) >= (8, 0)
+    return nvidia and native and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def _target(device):
-    clusters = tuning.has_clusters(_capability(device), triton.__version__)
-    return Target(device, _multiprocessors(device), _fast(device), clusters)
+    return Target(device, _multiprocessors(device), _fast(device))

@@ -32,7 +32,7 @@ def multiprocessors(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _fresh_plans():
     """No launch is planned as in another test, which may have patched what it is planned by."""
-    launch.forward_call.cache_clear()
+    launch.forward_plan.cache_clear()
     launch.backward_plan.cache_clear()
 
 

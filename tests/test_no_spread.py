@@ -22,10 +22,10 @@ def path(request, monkeypatch):
         request.getfixturevalue("kernels_path")
     if request.param == "wide_kernels":
         monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(2, 256, 4, 1, True))
-    launch.forward_call.cache_clear()
+    launch.forward_plan.cache_clear()
     launch.backward_plan.cache_clear()
     yield request.param
-    launch.forward_call.cache_clear()
+    launch.forward_plan.cache_clear()
     launch.backward_plan.cache_clear()
 
 

@@ -1,0 +1,168 @@
+"""Rows too wide for registers, in pieces of BLOCK_N features: read twice where a program needs all of a row.
+
+The second time they come from L2. Column sums are a kernel of their own, which streams through pieces of columns.
+"""
+
+import triton
+import triton.language as tl
+
+from .backward import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
+from .forward import affine, load_first, load_sum, reciprocal_root, rows_at
+from .noise import load_key
+from .posterior import LEAST_VARIANCE, load_affine, load_variances, store_kl
+from .rows import BATCH_SIZES, as_int64, group_start, load_tile, rows_of, store_statistics, store_tile
+
+
+@triton.jit
+def _statistics(
+    x_ptr, residual_ptr, sum_ptr, row, row_mask, x_stride, residual_stride, eps,
+    MODE: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / sqrt(var + eps) of rows [BLOCK_M, 1].
+
+    Every lane keeps mean and squared distances of its own features (Welford, 1962); in the end they are merged.
+    """
+    lane_mean = tl.full((TILE.BLOCK_M, TILE.BLOCK_N), 0.0, ACC)
+    squares, mean = lane_mean, tl.full((TILE.BLOCK_M, 1), 0.0, ACC)
+    for first_col in tl.range(0, TILE.N, TILE.BLOCK_N, num_stages=TILE.STAGES):
+        cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
+        mask = row_mask & (cols < TILE.N)
+        x = load_sum(x_ptr, residual_ptr, sum_ptr, row, cols, mask, x_stride, residual_stride, TILE, ACC)
+        if MODE.IS_RMS:
+            squares += x * x
+        else:
+            distance = tl.where(cols < TILE.N, x - lane_mean, 0.0)
+            lane_mean += distance * (1.0 / as_int64(first_col // TILE.BLOCK_N + 1).to(ACC))
+            squares += distance * tl.where(cols < TILE.N, x - lane_mean, 0.0)
+    if not MODE.IS_RMS:
+        lane = tl.arange(0, TILE.BLOCK_N)[None, :]
+        count = ((TILE.N - lane + TILE.BLOCK_N - 1) // TILE.BLOCK_N).to(ACC)  # features of a lane
+        origin = load_first(x_ptr, residual_ptr, sum_ptr, row, row_mask, x_stride, residual_stride, TILE, ACC)
+        mean = origin + tl.sum(count * (lane_mean - origin), axis=1, keep_dims=True) / TILE.N
+        distance = lane_mean - mean
+        squares += count * (distance * distance)
+    return mean, reciprocal_root(tl.sum(squares, axis=1, keep_dims=True), eps, TILE.N)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def forward_wide_kernel(
+    x_ptr, residual_ptr, prepared_ptr, parameters, seed, outputs, kl_ptr,
+    x_stride, residual_stride, n_draws, inner, rows_per_draw, all_draws, all_inner,
+    weight_prior: tl.float64, bias_prior: tl.float64, prior_std: tl.float64, eps: tl.float64,
+    MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """As `forward_kernel`, for rows of any width: their statistics first, then y piece by piece."""
+    y_ptr, sum_ptr, statistics_ptr = outputs
+    if tl.program_id(0) == 0:
+        store_kl(kl_ptr, parameters, weight_prior, bias_prior, prior_std, MODE, TILE)
+        return
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    row, row_mask, draw, first_draw = rows_at(
+        tl.program_id(0) - 1, n_draws, inner, rows_per_draw, all_draws, all_inner, MODE, TILE
+    )
+    mean, rstd = _statistics(
+        x_ptr, residual_ptr, sum_ptr, row, row_mask, x_stride, residual_stride, eps, MODE, TILE, ACC
+    )
+    store_statistics(statistics_ptr, mean, rstd, row, row_mask, MODE)
+    k0, k1 = load_key(seed)
+    if residual_ptr is not None:
+        tl.debug_barrier()  # threads may load below what others have stored
+    for first_col in tl.range(0, TILE.N, TILE.BLOCK_N, num_stages=TILE.STAGES):
+        cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
+        mask = row_mask & (cols < TILE.N)
+        if residual_ptr is None:
+            x = load_tile(x_ptr, row, x_stride, cols, mask, TILE, ACC)
+        else:
+            x = load_tile(sum_ptr, row, TILE.N // TILE.VEC, cols, mask, TILE, ACC)
+        xhat = (x - mean) * rstd
+        y = affine(xhat, row, prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE)
+        store_tile(y_ptr, row, cols, y, mask, TILE)
+
+
+@triton.jit
+def _dxhat(
+    xhat, dy, row, prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col,
+    MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of xhat."""
+    ACC: tl.constexpr = xhat.dtype
+    scale, _ = load_affine(prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE, ACC)
+    dxhat = dy * scale
+    if MODE.NOISE == "merged":
+        scale_var, shift_var = load_variances(prepared_ptr, parameters, first_col, LEAST_VARIANCE, MODE, TILE, ACC)
+        dxhat += merged_cotangent(xhat, dy, scale_var, shift_var, row, k0, k1, first_col, MODE, TILE) * (
+            scale_var * xhat
+        )
+    return dxhat
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def dx_wide_kernel(
+    x_ptr, dy_ptr, dsum_ptr, statistics_ptr, prepared_ptr, parameters, seed, outputs,
+    x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, all_draws, all_inner,
+    MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """dx, and dresidual or None, of rows of any width: the sums along them first. Program i owns tile i."""
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    row, row_mask, draw, first_draw = rows_at(
+        tl.program_id(0), n_draws, inner, rows_per_draw, all_draws, all_inner, MODE, TILE
+    )
+    k0, k1 = load_key(seed)
+    along_one = tl.full((TILE.BLOCK_M, TILE.BLOCK_N), 0.0, ACC)
+    along_xhat = along_one
+    for first_col in range(0, TILE.N, TILE.BLOCK_N):
+        cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
+        xhat, dy, rstd = load_normalized(
+            x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, x_stride, dy_stride, MODE, TILE
+        )
+        dxhat = _dxhat(
+            xhat, dy, row, prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE
+        )
+        along_one += dxhat
+        along_xhat += dxhat * xhat
+    mean_one = tl.sum(along_one, axis=1, keep_dims=True) / TILE.N
+    mean_xhat = tl.sum(along_xhat, axis=1, keep_dims=True) / TILE.N
+    for first_col in range(0, TILE.N, TILE.BLOCK_N):
+        cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
+        xhat, dy, rstd = load_normalized(
+            x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, x_stride, dy_stride, MODE, TILE
+        )
+        dxhat = _dxhat(
+            xhat, dy, row, prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE
+        )
+        dx = dxhat * rstd - xhat * (mean_xhat * rstd)
+        if not MODE.IS_RMS:
+            dx -= mean_one * rstd
+        store_dx(outputs, dsum_ptr, dx, row, cols, row_mask & (cols < TILE.N), dsum_stride, MODE, TILE)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def sums_wide_kernel(
+    x_ptr, dy_ptr, statistics_ptr, prepared_ptr, parameters, seed, partial_ptr,
+    x_stride, dy_stride, n_draws, inner, rows_per_draw, all_draws, all_inner,
+    MANY_DRAWS: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Column sums of BLOCK_N features, the program_id(2)-th such piece; programs and their rows: see `draws_of`."""
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    HAS_BIAS: tl.constexpr = parameters.bias is not None
+    first_col = tl.program_id(2) * TILE.BLOCK_N
+    cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
+    k0, k1 = load_key(seed)
+    first_row, first_draw = group_start(n_draws, rows_per_draw, all_draws, all_inner, MODE)
+    start, end, draw_step, first_tile, step = draws_of(n_draws, MANY_DRAWS)
+    if MODE.NOISE == "merged":
+        scale_var, shift_var = load_variances(prepared_ptr, parameters, first_col, LEAST_VARIANCE, MODE, TILE, ACC)
+    zeros = tl.full((TILE.BLOCK_M, TILE.BLOCK_N), 0.0, ACC)
+    for draw in range(start, end, draw_step):
+        sums = zeros, zeros, zeros, zeros
+        for tile in tl.range(first_tile, tl.cdiv(rows_per_draw, TILE.BLOCK_M), step, num_stages=TILE.STAGES):
+            row, row_mask = rows_of(tile, draw, n_draws, inner, rows_per_draw, MODE, TILE.BLOCK_M)
+            row += first_row
+            xhat, dy, _ = load_normalized(
+                x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, x_stride, dy_stride, MODE, TILE
+            )
+            u = dy
+            if MODE.NOISE == "merged":
+                u = merged_cotangent(xhat, dy, scale_var, shift_var, row, k0, k1, first_col, MODE, TILE)
+            sums = add_sums(sums, xhat, dy, u, HAS_BIAS, MODE)
+        store_sums(partial_ptr, sums, k0, k1, draw, first_draw, first_col, HAS_BIAS, MANY_DRAWS, MODE, TILE)
