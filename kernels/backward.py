@@ -28,11 +28,14 @@ def load_normalized(
 
 @triton.jit
 def merged_cotangent(
-    xhat, dy, scale_var, shift_var, row, k0, k1, first_col, MODE: tl.constexpr, TILE: tl.constexpr
+    xhat, dy, row, prepared_ptr, parameters, k0, k1, first_col, MODE: tl.constexpr, TILE: tl.constexpr
 ):
-    """u = dy * eps / deviation of y, of a tile whose rows have a draw each."""
+    """(u, scale variance) of a tile whose rows have a draw each; u = dy * eps / deviation of y."""
     z = normals(k0, k1, row.to(tl.uint32), first_col, MERGED_STREAM, TILE.BLOCK_N, MODE.FAST).to(dy.dtype)
-    return dy * z * tl.rsqrt(scale_var * (xhat * xhat) + shift_var)
+    if TILE.BLOCK_N > 4096:  # keeps the compiler from loading parameters early: 120 bytes of spill become 32
+        tl.debug_barrier()
+    scale_var, shift_var = load_variances(prepared_ptr, parameters, first_col, LEAST_VARIANCE, MODE, TILE, dy.dtype)
+    return dy * z * tl.rsqrt(scale_var * (xhat * xhat) + shift_var), scale_var
 
 
 @triton.jit
@@ -137,9 +140,8 @@ def _rows_of_draw(
         )
         u = dy
         if MODE.NOISE == "merged":  # parameters again for every row: kept, they would take the registers of the sums
+            u, scale_var = merged_cotangent(xhat, dy, row, prepared_ptr, parameters, k0, k1, 0, MODE, TILE)
             scale, _ = load_affine(prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, 0, MODE, TILE, ACC)
-            scale_var, shift_var = load_variances(prepared_ptr, parameters, 0, LEAST_VARIANCE, MODE, TILE, ACC)
-            u = merged_cotangent(xhat, dy, scale_var, shift_var, row, k0, k1, 0, MODE, TILE)
             dxhat = dy * scale + u * (scale_var * xhat)
         else:
             dxhat = dy * scale

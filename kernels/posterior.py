@@ -119,6 +119,18 @@ def _sample(
 
 
 @triton.jit
+def prepared_at(draw, n_draws, parameters, MODE: tl.constexpr, N: tl.constexpr):
+    """(where what is prepared for a draw begins, distance from scale to variance of the scale).
+
+    Prepared is (groups * n_draws, 2, N): scale and shift of draws that rows share; where every row has a draw of its
+    own, their means and then their variances, (groups, 4, N). Without a shift half of that.
+    """
+    HALF: tl.constexpr = N if parameters.bias is None else 2 * N
+    WHOLE: tl.constexpr = 2 * HALF if MODE.NOISE == "merged" else HALF
+    return (tl.program_id(1).to(tl.int64) * n_draws + draw) * WHOLE, HALF
+
+
+@triton.jit
 def load_affine(
     prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col,
     MODE: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
@@ -126,12 +138,12 @@ def load_affine(
     """(scale, shift) [1, BLOCK_N] of a draw that rows share, prepared or made here; else their means."""
     cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
     mask = cols < TILE.N
-    if MODE.NOISE == "shared" and prepared_ptr is not None:
-        cols += prepared_at(draw, n_draws, parameters, TILE)
-        scale = load_parameter(prepared_ptr, cols, mask, ACC)
+    if prepared_ptr is not None:
+        start, _ = prepared_at(draw, n_draws, parameters, MODE, TILE.N)
+        scale = load_parameter(prepared_ptr + start, cols, mask, ACC)
         shift = scale
         if parameters.bias is not None:
-            shift = load_parameter(prepared_ptr, cols + TILE.N, mask, ACC)
+            shift = load_parameter(prepared_ptr + start + TILE.N, cols, mask, ACC)
     else:
         own = in_group(cols, MODE, TILE.N)
         scale = _sample(
@@ -155,10 +167,10 @@ def load_variances(
     mask = cols < TILE.N
     shift = tl.full(cols.shape, LEAST, ACC)
     if prepared_ptr is not None:
-        cols += prepared_at(0, 1, parameters, TILE)
-        scale = load_parameter(prepared_ptr, cols, mask, ACC)
+        start, half = prepared_at(0, 1, parameters, MODE, TILE.N)
+        scale = load_parameter(prepared_ptr + start + half, cols, mask, ACC)
         if parameters.bias is not None:
-            shift = tl.load(prepared_ptr + cols + TILE.N, mask, other=1.0)  # never 0: its root divides
+            shift = tl.load(prepared_ptr + start + half + TILE.N + cols, mask, other=1.0)  # never 0: its root divides
     else:
         own = in_group(cols, MODE, TILE.N)
         std = softplus(load_parameter(parameters.weight_rho, own, mask, ACC))
@@ -167,10 +179,3 @@ def load_variances(
             std = softplus(load_parameter(parameters.bias_rho, own, mask, ACC))
             shift = tl.maximum(std * std, LEAST, propagate_nan=tl.PropagateNan.ALL)
     return scale, shift
-
-
-@triton.jit
-def prepared_at(draw, n_draws, parameters, TILE: tl.constexpr):
-    """Where what is prepared for a draw begins, in (groups * n_draws, 2, N), or 1 without a shift."""
-    HALVES: tl.constexpr = 1 if parameters.bias is None else 2
-    return (tl.program_id(1).to(tl.int64) * n_draws + draw) * (HALVES * TILE.N)

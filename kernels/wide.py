@@ -9,7 +9,7 @@ import triton.language as tl
 from .backward import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .forward import affine, load_first, load_sum, reciprocal_root, rows_at
 from .noise import load_key
-from .posterior import LEAST_VARIANCE, load_affine, load_variances, store_kl
+from .posterior import load_affine, store_kl
 from .rows import BATCH_SIZES, as_int64, group_start, load_tile, rows_of, store_statistics, store_tile
 
 
@@ -89,10 +89,8 @@ def _dxhat(
     scale, _ = load_affine(prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE, ACC)
     dxhat = dy * scale
     if MODE.NOISE == "merged":
-        scale_var, shift_var = load_variances(prepared_ptr, parameters, first_col, LEAST_VARIANCE, MODE, TILE, ACC)
-        dxhat += merged_cotangent(xhat, dy, scale_var, shift_var, row, k0, k1, first_col, MODE, TILE) * (
-            scale_var * xhat
-        )
+        u, scale_var = merged_cotangent(xhat, dy, row, prepared_ptr, parameters, k0, k1, first_col, MODE, TILE)
+        dxhat += u * (scale_var * xhat)
     return dxhat
 
 
@@ -150,8 +148,6 @@ def sums_wide_kernel(
     k0, k1 = load_key(seed)
     first_row, first_draw = group_start(n_draws, rows_per_draw, all_draws, all_inner, MODE)
     start, end, draw_step, first_tile, step = draws_of(n_draws, MANY_DRAWS)
-    if MODE.NOISE == "merged":
-        scale_var, shift_var = load_variances(prepared_ptr, parameters, first_col, LEAST_VARIANCE, MODE, TILE, ACC)
     zeros = tl.full((TILE.BLOCK_M, TILE.BLOCK_N), 0.0, ACC)
     for draw in range(start, end, draw_step):
         sums = zeros, zeros, zeros, zeros
@@ -163,6 +159,6 @@ def sums_wide_kernel(
             )
             u = dy
             if MODE.NOISE == "merged":
-                u = merged_cotangent(xhat, dy, scale_var, shift_var, row, k0, k1, first_col, MODE, TILE)
+                u, _ = merged_cotangent(xhat, dy, row, prepared_ptr, parameters, k0, k1, first_col, MODE, TILE)
             sums = add_sums(sums, xhat, dy, u, HAS_BIAS, MODE)
         store_sums(partial_ptr, sums, k0, k1, draw, first_draw, first_col, HAS_BIAS, MANY_DRAWS, MODE, TILE)

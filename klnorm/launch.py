@@ -259,7 +259,7 @@ def _prepare(spec, target, least):
     }  # fmt: skip
     double = spec.dtypes[0].itemsize == 8
     dtypes = (double, *spec.dtypes[2:])
-    prepared = (rows.groups * draws, 1 if spec.dtypes[3] is None else 2, spec.n_cols)
+    prepared = (rows.groups * draws, (1 if spec.dtypes[3] is None else 2) * (2 if rows.noise == "merged" else 1), spec.n_cols)
     return Call(prepare_kernel, target.device, dtypes, grid, (draws, *places), constants, shape.num_warps), prepared
 
 

@@ -67,13 +67,19 @@ def forward_shape(n_cols, itemsize):
 
 @functools.lru_cache(1024)
 def backward_shape(n_cols, itemsize, four_sums):
-    """For rows kept whole; `four_sums`: every row has noise of its own, whose backward takes four sums a feature."""
+    """For rows kept whole; `four_sums`: every row has noise of its own, whose backward takes four sums a feature.
+
+    Programs are as many as fit in registers, up to 12 warps a multiprocessor: a thread has 16 features, or 32 of narrow
+    and of very wide rows with shared noise.
+    """
     block_n, size = _block(n_cols), max(1, itemsize // 4)
-    num_stages = 1 if four_sums else 3
+    if four_sums:
+        num_warps = max(1, size * block_n // 512)
+        return Shape(max(1, 512 // size // block_n), block_n, num_warps, 1, max(1, 12 // num_warps))
     if block_n <= 512:
-        return Shape(max(1, 1024 // size // block_n), block_n, 1, num_stages, 8)
-    num_warps = size * (block_n // 512 if four_sums else max(2, block_n // 1024))
-    return Shape(1, block_n, num_warps, num_stages, max(1, 12 // num_warps))
+        return Shape(max(1, 1024 // size // block_n), block_n, 1, 3, 8)
+    num_warps = size * (block_n // 512 if block_n <= 2048 else block_n // 1024)
+    return Shape(1, block_n, num_warps, 3, max(1, (12 if block_n <= 2048 else 8) // num_warps))
 
 
 def dx_wide_shape(n_cols, itemsize):
