@@ -3,11 +3,10 @@
     python -m bench.inspect [--arch sm_90] [--n 1024 4096] [--dtype bf16] [--json FILE] [--check]
 
 The variants are the launches that `klnorm.launch` would make, compiled ahead of time by Triton and read back with the
-disassembler in its wheel. Counts are of the row loop: instructions a thread issues, per element that it normalizes.
+disassembler in its wheel. Counts are of what every row goes through: instructions that a thread issues, per element.
 """
 
 import argparse
-import itertools
 import json
 import math
 import re
@@ -17,6 +16,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,6 @@ from triton.backends.compiler import GPUTarget
 from klnorm import launch
 from klnorm.reference.kl_norm import accumulation_dtype
 from klnorm.spec import Parameters, Prior, Rows, dtypes_of, make_spec
-from klnorm.versions import reaches
 
 from .report import commit
 
@@ -46,11 +45,12 @@ class Mode(NamedTuple):
     groups: int = 1
 
 
-# The rows of "many draws" are dealt so that one program has several.
+# With "many draws" a program of the backward has several.
 MODES = {
     "eval": Mode(),
     "shared": Mode(),
     "shared, many draws": Mode(ROWS // 4, 4),
+    "shared, two rows a draw": Mode(ROWS // 2, 2),  # too few to prepare: rows make scale and shift themselves
     "shared, time first": Mode(64, 1),
     "shared, middle": Mode(64, 16),
     "shared, groups": Mode(64, ROWS // 64, groups=64),
@@ -60,34 +60,25 @@ MODES = {
     "token, rms": Mode(ROWS, 1, rms=True),
     "token, residual": Mode(ROWS, 1, residual=True),
 }
+ROW_KINDS = "forward", "backward", "sums"
+KINDS = "prepare", *ROW_KINDS, "finalize"
 DEFAULT_WIDTHS = 256, 1024, 4096, 8192, 16384
 
-# Instructions per element of the row loop: DESIGN.md, section 7, a naive prototype's. Evaluation counts as shared.
-BUDGET = {
-    ("forward", "shared"): {1024: 18.2, 4096: 13.8, 8192: 14.1},
-    ("forward", "token"): {1024: 33.8, 4096: 28.6, 8192: 29.3},
-    ("backward", "shared"): {1024: 25.2, 4096: 20.6, 8192: 20.8},
-    ("backward", "token"): {1024: 45.9, 4096: 40.4, 8192: 44.2},
-}
-# A subtraction that it had not either: LayerNorm's mean is taken of distances from the row's first feature.
-DISTANCE = 1.0
-# What else that prototype had not: a division a row where the rows of a draw lie in blocks; one more tensor to load and
-# to store; and the address of a row's first feature, in both of them. Backward absorbs all.
-EXTRA = {
-    ("forward", "shared, middle"): {1024: 4.5, 4096: 0.7, 8192: 0.7},
-    ("forward", "shared, residual"): {1024: 2.5, 4096: 1.2, 8192: 1.0},
-    ("forward", "token, residual"): {1024: 2.5, 4096: 0.7, 8192: 0.7},
-}
-# Bytes spilled at N = 8192 by Triton 3.6. The target, 0, is one for 3.7 and later.
-SPILLS = {("backward", "token"): 40, ("backward", "token, residual"): 48}
-SPILLS_BY_ANY_TRITON = {("forward", "token, residual"): 8}  # since the first features of two tensors are loaded
+BUDGET = {}
+EXTRA = {}
+FORWARD_SHARED = 64
 CHECKED_WIDTHS = 1024, 4096, 8192
 VECTOR_WIDTHS = 768, 1000, 3072, 5120, 12288
-ROW_SCALARS = 8  # accesses of single numbers of a row in one loop, at most: mean, rstd, row sums, first feature
+ROW_SCALARS = 8  # accesses of single numbers of a row, at most: mean, rstd, row sums, first feature
 
 
 class Driver:
-    """A GPU of some capability that Triton can compile for, and nothing can be launched on."""
+    """What Triton asks of a driver, for a GPU of some capability that is not there: launches do nothing."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+        load_binary=lambda name, kernel, shared, device: (1, 2, 0, 0, 1024),
+    )
 
     def __init__(self, capability):
         self.capability = capability
@@ -101,8 +92,8 @@ class Driver:
     def get_current_stream(self, device):
         return 0
 
-    def get_active_torch_device(self):
-        return torch.device("meta")
+    def launcher_cls(self, source, metadata):
+        return lambda *args: None
 
 
 def calls(n_cols, dtype, mode, arch):
@@ -163,14 +154,20 @@ def disassemble(cubin, *options):
         return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def row_loops(sass):
-    """Opcodes of every innermost loop over rows: one that loads, and that stores or sums along a row."""
+def row_code(sass, kind):
+    """Opcodes of what a program does for one tile of rows, once; of kernels with a loop over rows its body.
+
+    The forward's first branch leads around the divergence, which is program 0's alone.
+    """
     code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
     jumps = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
+    if kind == "forward":
+        target, branch = jumps[0]
+        return [opcode(text) for at, text in code if (at < branch or at >= target) and "NOP" not in text]
     loops = {(first, last) for first, last in jumps if first < last}
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     bodies = [[opcode(text) for at, text in code if first <= at <= last] for first, last in sorted(innermost)]
-    return [ops for ops in bodies if count(ops, "LDG|LDGSTS") and count(ops, "STG|SHFL")]
+    return next((ops for ops in bodies if count(ops, "LDG|LDGSTS")), [])
 
 
 def opcode(text):
@@ -194,18 +191,22 @@ def access_widths(ops):
 
 
 def inspect(variant):
-    """A row of figures for (n_cols, dtype name, mode, kind, architecture)."""
+    """A row of figures for (n_cols, dtype name, mode, kind, architecture); None where that mode has no such kernel."""
     n_cols, dtype, mode, kind, arch = variant
-    call, tensors = calls(n_cols, DTYPES[dtype], mode, arch)[kind]
+    launches = calls(n_cols, DTYPES[dtype], mode, arch)
+    if kind not in launches:
+        return None
+    call, tensors = launches[kind]
     compiled = compile_ahead(call, tensors, ARCHITECTURES[arch][0])
     usage = disassemble(compiled.asm["cubin"], "-res-usage")
-    registers, stack, shared, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()
-    )
-    loops = row_loops(disassemble(compiled.asm["cubin"], "-sass")) if kind != "finalize" else []
-    ops = list(itertools.chain(*loops))
-    tile = call.constants.get("BLOCK_M", 0) * min(call.constants["BLOCK_N"], n_cols)
-    per_element = tile / (32 * call.num_warps * call.num_ctas) or float("nan")
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    tile = call.constants["TILE"]
+    pieces = -(-n_cols // tile.BLOCK_N)
+    in_pieces = kind in ("forward", "backward") and "wide" in call.kernel.fn.__name__  # loops of loops: not counted
+    counted = kind in ROW_KINDS and not in_pieces
+    ops = row_code(disassemble(compiled.asm["cubin"], "-sass"), kind) if counted else []
+    per_element = tile.BLOCK_M * min(tile.BLOCK_N, n_cols) / (32 * call.num_warps)
+    per_element *= pieces if kind == "backward" else 1
     figures = {
         "total": len(ops),
         "multiply": count(ops, "IMAD|UIMAD|XMAD"),
@@ -214,9 +215,9 @@ def inspect(variant):
     }
     return {
         "n": n_cols, "dtype": dtype, "mode": mode, "kind": kind, "arch": arch, "kernel": call.kernel.fn.__name__,
-        "warps": call.num_warps, "ctas": call.num_ctas, "registers": registers, "stack": stack, "local": local,
-        "shared": max(shared, compiled.metadata.shared), "loops": len(loops), "widths": access_widths(ops),
-        **{name: round(figure / per_element, 2) if loops else None for name, figure in figures.items()},
+        "warps": call.num_warps, "registers": registers, "stack": stack, "local": local,
+        "shared": compiled.metadata.shared, "widths": access_widths(ops),
+        **{name: round(figure / per_element, 2) if counted else None for name, figure in figures.items()},
     }  # fmt: skip
 
 
@@ -224,26 +225,24 @@ def check(rows):
     """What is past the budget, as messages."""
     for row in rows:
         name = f"{row['kind']} {row['mode']} N={row['n']} {row['dtype']} {row['arch']}"
-        spilled = row["stack"] + row["local"]
-        allowed = SPILLS_BY_ANY_TRITON if reaches(triton.__version__, (3, 7)) else SPILLS
-        allowed = allowed.get((row["kind"], row["mode"]), 0)
-        if row["n"] == 8192 and spilled > allowed:
-            yield f"{name}: {spilled} bytes spilled, budget {allowed}"
-        if row["kind"] == "finalize":
+        if spilled := row["stack"] + row["local"]:
+            yield f"{name}: {spilled} bytes spilled"
+        if row["kind"] == "forward" and row["n"] > 512 and row["shared"] > FORWARD_SHARED:
+            yield f"{name}: {row['shared']} bytes of shared memory, budget {FORWARD_SHARED}"
+        if row["total"] is None:
             continue
         budget = BUDGET[row["kind"], "token" if row["mode"].startswith("token") else "shared"].get(row["n"], math.inf)
-        budget += EXTRA.get((row["kind"], row["mode"]), {}).get(row["n"], 0)
-        budget += DISTANCE if row["kind"] == "forward" and "rms" not in row["mode"] else 0
+        budget += EXTRA.get((row["kind"], row["mode"].partition(", ")[2]), 0.0)
         if row["total"] > budget:
             yield f"{name}: {row['total']} instructions per element, budget {budget}"
         narrow = {width: number for width, number in row["widths"].items() if width < 16}
-        if sum(narrow.values()) > ROW_SCALARS * row["loops"] or set(narrow) - {2, 4}:
+        if sum(narrow.values()) > ROW_SCALARS or set(narrow) - {2, 4, 8}:
             yield f"{name}: accesses of {row['widths']}, budget 16 bytes but for numbers of a row"
 
 
 def show(rows):
     columns = [
-        "n", "mode", "kind", "warps", "ctas", "registers", "stack", "local", "shared",
+        "n", "mode", "kind", "warps", "registers", "stack", "local", "shared",
         "total", "multiply", "special", "memory", "widths",
     ]  # fmt: skip
     cells = [columns] + [["" if row[c] is None else str(row[c]) for c in columns] for row in rows]
@@ -265,11 +264,10 @@ def main(argv=None):
         parser.error("TRITON_INTERPRET is set: there is nothing to compile in the interpreter")
 
     widths = args.n or ((*CHECKED_WIDTHS, *VECTOR_WIDTHS) if args.check else DEFAULT_WIDTHS)
-    kinds = "forward", "backward", "finalize"
-    variants = [(n, args.dtype, mode, kind, args.arch) for n in widths for kind in kinds for mode in MODES]
+    variants = [(n, args.dtype, mode, kind, args.arch) for n in widths for kind in KINDS for mode in MODES]
     with ProcessPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(inspect, variants))
-    print(f"{args.arch}, x {args.dtype}, parameters fp32, triton {triton.__version__}; per element of the row loop")
+        rows = [row for row in pool.map(inspect, variants) if row]
+    print(f"{args.arch}, x {args.dtype}, parameters fp32, triton {triton.__version__}; per element of rows")
     show(rows)
     if args.json:
         found = {"triton": triton.__version__, "commit": commit(), "rows": rows}

@@ -22,11 +22,11 @@ from unittest import mock
 import torch
 import triton
 from torch import nn
-from triton.backends.compiler import GPUTarget
 
 from klnorm import KLLayerNorm, launch, ops, seeds
 
 from .bare import BareNorm
+from .inspect import Driver
 
 SHAPE = 2, 2, 8
 NOISES = "batch", "sample", "token"
@@ -58,27 +58,6 @@ def forward_and_backward(layer):
     return run
 
 
-class Driver:
-    """What Triton asks of a driver, for an H100 that is not there."""
-
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 232448},
-        load_binary=lambda name, kernel, shared, device: (1, 2, 0, 0, 1024),
-    )
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def launcher_cls(self, source, metadata):
-        return lambda *args: None
-
-
 def evaluation(layer, x):
     def run():
         with torch.no_grad():
@@ -87,7 +66,7 @@ def evaluation(layer, x):
     return run
 
 
-def no_launch(call, inputs, outputs, seed):
+def no_launch(call, *tensors):
     """In the place of `launch.Call.launch`."""
 
 
@@ -100,7 +79,7 @@ GENERATOR = SimpleNamespace(
 @contextlib.contextmanager
 def way_of_cuda():
     """CPU tensors take the way of CUDA tensors, up to the driver."""
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Driver(90))
     with (
         mock.patch.object(ops, "_compute_forward", launch.forward),
         mock.patch.object(ops, "_compute_backward", launch.backward),

@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import klnorm
 from klnorm import launch, ops
@@ -250,10 +251,10 @@ def _count_operations(step, compiled):
         return _count_in_compiled_code(step)
     launches = 0
 
-    def launch_zeros(call, inputs, outputs, seed):
+    def launch_zeros(call, inputs, parameters, seed, outputs):
         nonlocal launches
         launches += 1
-        for output in outputs:
+        for output in tree_leaves(outputs):
             if output is not None:
                 ctypes.memset(output.data_ptr(), 0, output.nbytes)
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .backward import BIAS_SUM, SCALE_SUM, SHIFT_SUM, WEIGHT_SUM
+from .gradients import BIAS_SUM, SCALE_SUM, SHIFT_SUM, WEIGHT_SUM
 from .noise import SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import FLOOR, kl_rho_gradient, load_prior, sigmoid, softplus
 from .rows import BATCH_SIZES, group_start, in_group, load_parameter

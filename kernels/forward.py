@@ -51,9 +51,7 @@ def affine(
 ):  # fmt: skip
     """y of a tile: scale * xhat + shift, and one normal per element where every row has a draw of its own."""
     ACC: tl.constexpr = xhat.dtype
-    scale, shift = load_affine(
-        prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE, ACC
-    )
+    scale, shift = load_affine(prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE, ACC)
     y = scale * xhat
     if parameters.bias is not None:
         y += shift

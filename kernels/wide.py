@@ -6,8 +6,8 @@ The second time they come from L2. Column sums are a kernel of their own, which 
 import triton
 import triton.language as tl
 
-from .backward import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .forward import affine, load_first, load_sum, reciprocal_root, rows_at
+from .gradients import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .noise import load_key
 from .posterior import load_affine, store_kl
 from .rows import BATCH_SIZES, as_int64, group_start, load_tile, rows_of, store_statistics, store_tile
@@ -128,10 +128,10 @@ def dx_wide_kernel(
         dxhat = _dxhat(
             xhat, dy, row, prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE
         )
-        dx = dxhat * rstd - xhat * (mean_xhat * rstd)
-        if not MODE.IS_RMS:
-            dx -= mean_one * rstd
-        store_dx(outputs, dsum_ptr, dx, row, cols, row_mask & (cols < TILE.N), dsum_stride, MODE, TILE)
+        store_dx(
+            outputs, dsum_ptr, xhat, dxhat, rstd, mean_one * rstd, mean_xhat * rstd, row, row_mask, first_col,
+            dsum_stride, MODE, TILE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

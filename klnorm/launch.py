@@ -108,9 +108,7 @@ def _compiled(kernel, device, dtypes, widths, constants, num_warps):
 
 def _pointers(tensors):
     """Their addresses as Triton's launcher takes them, tuples in the place of tuples, 0 for None."""
-    return tuple([
-        0 if t is None else _pointers(t) if type(t) is tuple else t.data_ptr() for t in tensors
-    ])  # fmt: skip
+    return tuple([0 if t is None else _pointers(t) if type(t) is tuple else t.data_ptr() for t in tensors])
 
 
 def _is_observed(kernel):
@@ -216,14 +214,14 @@ def backward_plan(spec, target, cotangents, vec, strides):
     """The launches of a backward: `dtypes_of` dy, dsum and dkl, `_access` to z, dy and dsum."""
     rows, n_cols = spec.rows, spec.n_cols
     z = spec.dtypes[1] or spec.dtypes[0]
-    four_sums, mode = rows.noise == "merged" and spec.dtypes[3] is not None, _mode(spec, target)
+    merged, mode = rows.noise == "merged", _mode(spec, target)
     prepare = of_rows = sums = None
     prepared, programs, many_draws = (), 0, False
     if cotangents[0] is not None and rows.n_rows:
         prepare, prepared = _prepare(spec, target, LEAST_VARIANCE.value)
         dtypes, numbers = (z, *cotangents, *_dtypes(spec, prepare)), (*strides, *_numbers(rows))
         wide = tuning.is_wide(n_cols, z.itemsize)
-        shape = (tuning.sums_wide_shape if wide else tuning.backward_shape)(n_cols, z.itemsize, four_sums)
+        shape = (tuning.sums_wide_shape if wide else tuning.backward_shape)(n_cols, z.itemsize, merged)
         programs, many_draws = tuning.backward_programs(rows, shape, n_cols, z.itemsize, target.multiprocessors)
         constants = {"MANY_DRAWS": many_draws, "MODE": mode, "TILE": _tile(spec, shape, vec)}
         grid = programs, rows.groups
@@ -242,7 +240,7 @@ def backward_plan(spec, target, cotangents, vec, strides):
     constants = {"MANY_DRAWS": many_draws, "MODE": mode._replace(ORDER="rows"), "TILE": _tile(spec, shape)}
     grid, dtypes = (triton.cdiv(n_cols, shape.block_n), rows.groups), (z, *cotangents, *spec.dtypes)
     finalize = Call(finalize_kernel, target.device, dtypes, grid, numbers, constants, shape.num_warps)
-    slots = 4 if rows.noise == "merged" or many_draws else 2
+    slots = 4 if merged or many_draws else 2
     return BackwardPlan(prepare, of_rows, sums, finalize, prepared, (rows.groups * programs, slots, n_cols))
 
 
@@ -257,10 +255,10 @@ def _prepare(spec, target, least):
         "LEAST": 0.0 if rows.noise == "shared" else least,
         "MODE": _mode(spec, target)._replace(ORDER="rows"), "TILE": _tile(spec, shape),
     }  # fmt: skip
-    double = spec.dtypes[0].itemsize == 8
-    dtypes = (double, *spec.dtypes[2:])
-    prepared = (rows.groups * draws, (1 if spec.dtypes[3] is None else 2) * (2 if rows.noise == "merged" else 1), spec.n_cols)
-    return Call(prepare_kernel, target.device, dtypes, grid, (draws, *places), constants, shape.num_warps), prepared
+    dtypes = spec.dtypes[0].itemsize == 8, *spec.dtypes[2:]
+    call = Call(prepare_kernel, target.device, dtypes, grid, (draws, *places), constants, shape.num_warps)
+    halves = (spec.dtypes[3] is not None) + 1
+    return call, (rows.groups * draws, 2 * halves if rows.noise == "merged" else halves, spec.n_cols)
 
 
 def _dtypes(spec, prepare):
@@ -277,7 +275,9 @@ def _numbers(rows):
 def _mode(spec, target):
     rows = spec.rows
     draws, inner = rows.in_group
-    order = "rows" if rows.noise != "shared" or draws * inner >= rows.group_rows else "strided" if inner == 1 else "blocked"
+    order = "strided" if inner == 1 else "blocked"
+    if rows.noise != "shared" or draws * inner >= rows.group_rows:
+        order = "rows"
     return Mode(spec.kind == "rms", rows.noise, order, rows.groups > 1, target.fast)
 
 

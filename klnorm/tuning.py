@@ -10,7 +10,7 @@ REGISTER_WIDTH = 8192  # widest row kept whole in registers
 REGISTER_WIDTH_FP64 = 2048
 
 PREPARED_ELEMENTS = 1 << 20  # from more on, parameters are prepared by a kernel of their own
-PREPARED_ROWS = 8  # of a draw at least: fewer would save less than preparing it writes and reads
+PREPARED_ROWS = 4  # of a draw at least: what is prepared takes no more memory than rows of 16 bits
 
 PARTIAL_BYTES = 32 << 20  # of partial sums that a backward may take in any case; else a quarter of its input
 
@@ -44,9 +44,7 @@ def prepares(rows, n_cols):
     """
     draws, _ = rows.in_group
     return (
-        rows.noise != "none"
-        and rows.n_rows * n_cols > PREPARED_ELEMENTS
-        and rows.group_rows >= PREPARED_ROWS * draws
+        rows.noise != "none" and rows.n_rows * n_cols > PREPARED_ELEMENTS and rows.group_rows >= PREPARED_ROWS * draws
     )
 
 
@@ -66,14 +64,15 @@ def forward_shape(n_cols, itemsize):
 
 
 @functools.lru_cache(1024)
-def backward_shape(n_cols, itemsize, four_sums):
-    """For rows kept whole; `four_sums`: every row has noise of its own, whose backward takes four sums a feature.
+def backward_shape(n_cols, itemsize, merged):
+    """For rows kept whole; `merged`: every row has noise of its own, whose backward takes four sums a feature.
 
-    Programs are as many as fit in registers, up to 12 warps a multiprocessor: a thread has 16 features, or 32 of narrow
-    and of very wide rows with shared noise.
+    Programs are as many as fit in registers, up to 12 warps a multiprocessor. A thread has 16 features; 32 of narrow
+    and of very wide rows with shared noise, and two times 16 where `merged` rows are taken in halves.
     """
     block_n, size = _block(n_cols), max(1, itemsize // 4)
-    if four_sums:
+    if merged:
+        block_n = min(block_n, 4096 // size)
         num_warps = max(1, size * block_n // 512)
         return Shape(max(1, 512 // size // block_n), block_n, num_warps, 1, max(1, 12 // num_warps))
     if block_n <= 512:
@@ -83,12 +82,12 @@ def backward_shape(n_cols, itemsize, four_sums):
 
 
 def dx_wide_shape(n_cols, itemsize):
-    return Shape(1, 4096 // max(1, itemsize // 4), 8)
+    return Shape(1, 2048 // max(1, itemsize // 4), 8)
 
 
-def sums_wide_shape(n_cols, itemsize, four_sums):
+def sums_wide_shape(n_cols, itemsize, merged):
     """Of the column sums of wide rows: 8 features a thread, 16 bytes of each operand in 16 bits."""
-    return Shape(1, 1024 // max(1, itemsize // 4), 4, 1 if four_sums else 4, 4)
+    return Shape(1, 1024 // max(1, itemsize // 4), 4, 1 if merged else 4, 5 if merged else 4)
 
 
 def finalizer_shape(n_cols):
@@ -103,7 +102,7 @@ def backward_programs(rows, shape, n_cols, itemsize, multiprocessors):
     No more than run at once, as each writes partial sums: at most the larger of PARTIAL_BYTES and a quarter of x.
     """
     draws, _ = rows.in_group
-    pieces = -(-n_cols // shape.block_n)
+    pieces = -(-n_cols // shape.block_n) if is_wide(n_cols, itemsize) else 1
     at_once = max(1, multiprocessors * shape.per_multiprocessor // pieces)
     affordable = max(PARTIAL_BYTES, rows.n_rows * n_cols * itemsize // 4) // (4 * 4 * n_cols)
     programs = max(1, min(at_once, affordable) // rows.groups)

@@ -36,43 +36,59 @@ class Launch(NamedTuple):
     module: str
     kernel: str
     arguments: tuple
-    sizes: tuple
+    numbers: tuple
     constants: dict
     num_warps: int
-    num_ctas: int
     test: str
 
     @classmethod
-    def of(cls, call, tensors):
-        function = call.kernel.fn
-        constants = {k: min(v, WIDEST_BLOCK) if k.startswith("BLOCK") else v for k, v in call.constants.items()}
-        if "FAST" in constants:  # the choice of a GPU's launch, which the interpreter's cannot make: it runs no PTX
-            constants["FAST"] = True
-        arguments = tuple(getattr(t, "dtype", t) for t in tensors)
+    def of(cls, call, arguments):
+        function, constants = call.kernel.fn, dict(call.constants)
+        if "TILE" in constants:
+            tile = constants["TILE"]
+            constants["TILE"] = tile._replace(
+                BLOCK_M=min(tile.BLOCK_M, WIDEST_BLOCK), BLOCK_N=min(tile.BLOCK_N, WIDEST_BLOCK)
+            )
+        if "MODE" in constants:  # the choice of a GPU's launch, which the interpreter's cannot make: it runs no PTX
+            constants["MODE"] = constants["MODE"]._replace(FAST=True)
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+        numbers = tuple(call.numbers)
         return cls(
-            function.__module__, function.__name__, arguments, call.sizes, constants, call.num_warps, call.num_ctas,
-            test,
-        )  # fmt: skip
+            function.__module__, function.__name__, _described(arguments), numbers, constants, call.num_warps, test
+        )
+
+    @property
+    def flat_constants(self):
+        """By name, those of named tuples too."""
+        flat = {}
+        for name, value in self.constants.items():
+            flat |= value._asdict() if hasattr(value, "_asdict") else {name: value}
+        return flat
 
     @property
     def kind(self):
-        """What decides which code is compiled. Of the numbers among the constants only a width of 1 does."""
-        chosen = [(k, v) for k, v in sorted(self.constants.items()) if isinstance(v, (str, bool))]
-        constants = (*chosen, self.constants.get("N") == 1, self.num_ctas > 1)
-        arguments = tuple(int if isinstance(a, int) else a for a in self.arguments)
-        return self.module, self.kernel, arguments, tuple(size < 2**31 for size in self.sizes), constants
+        """What decides which code is compiled. Of the numbers among the constants only some widths do."""
+        flat = self.flat_constants
+        chosen = [(k, v) for k, v in sorted(flat.items()) if isinstance(v, (str, bool))]
+        constants = *chosen, flat.get("N") == 1, flat.get("N", 0) > flat.get("BLOCK_N", 0)
+        arguments = _described(self.arguments, lambda a: int if isinstance(a, int) else a)
+        return self.module, self.kernel, arguments, tuple(number < 2**31 for number in self.numbers), constants
 
     @property
     def cost(self):
         """Larger for what takes longer to compile."""
-        return sum(v for k, v in self.constants.items() if k.startswith("BLOCK"))
+        return sum(v for k, v in self.flat_constants.items() if k.startswith("BLOCK"))
 
     def __str__(self):
-        chosen = {k: v for k, v in self.constants.items() if isinstance(v, (str, bool)) or k.isupper()}
-        arguments = [str(a).removeprefix("torch.") for a in self.arguments]
-        name = f"{self.kernel}({', '.join(arguments)}; {', '.join(f'{k}={v!r}' for k, v in chosen.items())})"
+        arguments = str(self.arguments).replace("torch.", "")
+        name = f"{self.kernel}({arguments}; {', '.join(f'{k}={v!r}' for k, v in self.flat_constants.items())})"
         return f"{name}\nTo see it again: python -m pytest {shlex.quote(self.test)}"
+
+
+def _described(arguments, describe=lambda a: getattr(a, "dtype", a)):
+    """Arguments of a launch, in tuples as they are, each described."""
+    described = [_described(a, describe) if isinstance(a, tuple) else describe(a) for a in arguments]
+    return type(arguments)(*described) if hasattr(arguments, "_fields") else tuple(described)
 
 
 class NativeCompilation:
@@ -82,9 +98,9 @@ class NativeCompilation:
         self.launches = {}
         self.report = None
 
-    def record(self, call, inputs, outputs, seed):
+    def record(self, call, inputs, parameters, seed, outputs):
         if hasattr(call.kernel, "fn"):  # not a test's stand-in for a kernel
-            self.keep(Launch.of(call, (*inputs, *outputs, seed)))
+            self.keep(Launch.of(call, (*inputs, parameters, seed, *outputs)))
 
     def keep(self, launch):
         """Of every kind the cheapest."""
@@ -97,9 +113,9 @@ class NativeCompilation:
 
         run = launch.Call.launch
 
-        def recorded(call, inputs, outputs, seed):
-            run(call, inputs, outputs, seed)
-            self.record(call, inputs, outputs, seed)
+        def recorded(call, *arguments):
+            run(call, *arguments)
+            self.record(call, *arguments)
 
         launch.Call.launch = recorded
 
@@ -162,21 +178,18 @@ def refusal(launch):
 
 def compiled(launch):
     import torch
-    import triton
 
     from bench.inspect import compile_ahead
-    from klnorm import tuning
     from klnorm.launch import Call
 
+    def tensor(argument):
+        return torch.empty(0, dtype=argument, device="meta") if isinstance(argument, torch.dtype) else argument
+
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    clusters = tuning.has_clusters(divmod(CAPABILITY, 10), triton.__version__)  # a test may say so of any Triton
-    num_ctas = launch.num_ctas if clusters else 1
-    tensors = [torch.empty(0, dtype=a, device="meta") if isinstance(a, torch.dtype) else a for a in launch.arguments]
     call = Call(
-        kernel, torch.device("meta"), launch.arguments, (1, 1), launch.sizes, launch.constants, launch.num_warps,
-        num_ctas,
-    )  # fmt: skip
-    return compile_ahead(call, tensors, CAPABILITY)
+        kernel, torch.device("meta"), launch.arguments, (1, 1), launch.numbers, launch.constants, launch.num_warps
+    )
+    return compile_ahead(call, _described(launch.arguments, tensor), CAPABILITY)
 
 
 def causes(error):

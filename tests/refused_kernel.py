@@ -7,24 +7,24 @@ import triton.language as tl
 
 
 @triton.jit
-def returns_before_none(x_ptr, y_ptr, seed, FAST: tl.constexpr, N: tl.constexpr):
+def returns_before_none(x_ptr, parameters, seed, y_ptr, MODE: tl.constexpr, TILE: tl.constexpr):
     if y_ptr is None:
         return
     tl.store(y_ptr, tl.load(x_ptr))
 
 
 @triton.jit
-def drops_nan(x_ptr, y_ptr, seed, FAST: tl.constexpr, N: tl.constexpr):
+def drops_nan(x_ptr, parameters, seed, y_ptr, MODE: tl.constexpr, TILE: tl.constexpr):
     tl.store(y_ptr, tl.maximum(tl.load(x_ptr), 0.0))
 
 
 @triton.jit
-def good(x_ptr, y_ptr, seed, FAST: tl.constexpr, N: tl.constexpr):
+def good(x_ptr, parameters, seed, y_ptr, MODE: tl.constexpr, TILE: tl.constexpr):
     tl.store(y_ptr, tl.load(x_ptr) + 1.0)
 
 
 @triton.jit
-def no_instruction(x_ptr, y_ptr, seed, FAST: tl.constexpr, N: tl.constexpr):
+def no_instruction(x_ptr, parameters, seed, y_ptr, MODE: tl.constexpr, TILE: tl.constexpr):
     """Assembly that the interpreter never sees and only ptxas refuses."""
     lane = tl.arange(0, 32)
     lane = tl.inline_asm_elementwise("nonsense.b32 $0, $1;", "=r,r", [lane], dtype=tl.int32, is_pure=True, pack=1)
@@ -37,6 +37,6 @@ def _crash(_semantic=None):
 
 
 @triton.jit
-def crashes(x_ptr, y_ptr, seed, FAST: tl.constexpr, N: tl.constexpr):
+def crashes(x_ptr, parameters, seed, y_ptr, MODE: tl.constexpr, TILE: tl.constexpr):
     """Ends the compiler's process, as an assertion in LLVM does."""
     _crash()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 from noise_kernels import kernel_normals
+from small_tiles import in_halves, in_pieces, prepare
 
 from klnorm import launch, reference, tuning
 from klnorm.reference import kl_norm
@@ -21,12 +22,15 @@ PRIOR_STD, EPS = 0.3, 1e-5
 MODES = "none", "batch", "sample", "token"
 
 
-@pytest.fixture(params=[1, 3, 1000], ids=lambda n: f"{n}sm")
-def multiprocessors(request, monkeypatch):
-    """How many programs there are: few long runs that hold several draws, or many short ones."""
-    target = launch._target
-    few = functools.cache(lambda device: dataclasses.replace(target(device), multiprocessors=request.param))
+@pytest.fixture(params=[(1, False), (3, True), (3, False), (1000, True)], ids=lambda p: f"{p[0]}sm-{p[1]}")
+def programs(request, monkeypatch):
+    """How many programs a backward has, few with several draws each or many of few rows; are parameters prepared?"""
+    multiprocessors, prepared = request.param
+    target, shape = launch._target, tuning.backward_shape
+    few = functools.cache(lambda device: dataclasses.replace(target(device), multiprocessors=multiprocessors))
     monkeypatch.setattr(launch, "_target", few)
+    monkeypatch.setattr(tuning, "backward_shape", lambda *args: shape(*args)._replace(per_multiprocessor=1))
+    prepare(monkeypatch, prepared)
 
 
 @pytest.fixture(autouse=True)
@@ -170,12 +174,12 @@ def tolerance(dtype, exact, specification):
         ((1, 31), 8, True),
     ],
 )
-def test_variants(device, monkeypatch, multiprocessors, leading, n, bias, noise):
+def test_variants(device, monkeypatch, programs, leading, n, bias, noise):
     Problem(device, leading, n, noise, bias=bias).check(monkeypatch)
 
 
 @pytest.mark.parametrize("sample_dim", [0, 1, 2])
-def test_any_dimension_may_count_samples(device, monkeypatch, multiprocessors, sample_dim):
+def test_any_dimension_may_count_samples(device, monkeypatch, programs, sample_dim):
     Problem(device, (3, 5, 4), 40, "sample", sample_dim).check(monkeypatch)
 
 
@@ -201,9 +205,8 @@ def test_dtypes(device, monkeypatch, dtype, param_dtype, noise):
 
 @pytest.mark.parametrize("noise", MODES)
 @pytest.mark.parametrize(("n", "dtype"), [(601, torch.bfloat16), (512, torch.float64)], ids=str)
-def test_wide_rows(device, monkeypatch, multiprocessors, n, dtype, noise):
-    """The kernels that work through a row in pieces, here small ones: the interpreter's time is in their number."""
-    monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(2, 256, 4, 1, True))
+def test_wide_rows(device, monkeypatch, programs, n, dtype, noise):
+    in_pieces(monkeypatch, 256, 2)
     Problem(device, (3, 2), n, noise, dtype=dtype, bias=n != 512).check(monkeypatch)
 
 
@@ -213,47 +216,34 @@ def test_wide_rows_as_tuned(device, monkeypatch, noise):
     Problem(device, (3, 2), 9001, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
-def in_halves(monkeypatch):
-    monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 128, 4, 1, False, halves=True))
-
-
-@pytest.mark.parametrize("n", [128, 97, 33])  # the second half is full, partly filled, empty
+@pytest.mark.parametrize("n", [128, 97, 65])  # the second half is full, partly filled, a single feature
 @pytest.mark.parametrize("bias", [True, False])
-def test_rows_in_halves(device, monkeypatch, multiprocessors, n, bias):
+@pytest.mark.parametrize("prepared", [True, False])
+def test_rows_in_halves(device, monkeypatch, n, bias, prepared):
     """Rows in registers whose backward loads their parameters half by half."""
     in_halves(monkeypatch)
+    prepare(monkeypatch, prepared)
     Problem(device, (7, 3), n, "token", bias=bias, dtype=torch.bfloat16).check(monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("n", "dtype"), [(4104, torch.float16), (8191, torch.bfloat16), (8192, torch.float32)], ids=str
-)
+@pytest.mark.parametrize(("n", "dtype"), [(4104, torch.float16), (8191, torch.bfloat16)], ids=str)
 def test_rows_in_halves_as_tuned(device, monkeypatch, n, dtype):
     few_finalizer_programs(device, monkeypatch)
     Problem(device, (3, 2), n, "token", dtype=dtype).check(monkeypatch)
-
-
-@pytest.mark.parametrize("noise", ["sample", "token"])
-def test_rows_of_clusters(device, monkeypatch, noise):
-    """Rows that a cluster keeps whole where there are clusters; the interpreter runs any cluster as one block."""
-    few_finalizer_programs(device, monkeypatch)
-    if device.type == "cpu":
-        monkeypatch.setattr(tuning, "has_clusters", lambda capability, triton_version: True)
-    Problem(device, (3, 2), 15001, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
 @pytest.mark.parametrize("noise", ["batch", "token"])
 def test_widest_rows(device, monkeypatch, noise):
     few_finalizer_programs(device, monkeypatch)
     if device.type == "cpu":
-        monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 1 << 18, 8, 1, True))
+        in_pieces(monkeypatch, 1 << 18)
     Problem(device, (2,), 1 << 20, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
 def few_finalizer_programs(device, monkeypatch):
     """In the interpreter, where a program costs milliseconds, let one finalize many features."""
     if device.type == "cpu":
-        monkeypatch.setattr(tuning, "finalizer_tile", lambda n_cols: (2, 1 << 16, 4))
+        monkeypatch.setattr(tuning, "finalizer_shape", lambda n_cols: tuning.Shape(2, 1 << 16, 4))
 
 
 @pytest.mark.parametrize("noise", MODES)
@@ -261,7 +251,7 @@ def few_finalizer_programs(device, monkeypatch):
 def test_no_rows(device, monkeypatch, noise, wide):
     """An empty batch: empty y and dx, and the KL divergence and its gradient exactly."""
     if wide:
-        monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 16, 4, 1, True))
+        in_pieces(monkeypatch, 16)
     Problem(device, (0, 3), 24, noise).check(monkeypatch)
 
 
@@ -385,14 +375,14 @@ FAMILY = {
 
 @pytest.mark.parametrize("noise", MODES)
 @pytest.mark.parametrize("options", FAMILY.values(), ids=FAMILY)
-def test_family(device, monkeypatch, multiprocessors, options, noise):
+def test_family(device, monkeypatch, programs, options, noise):
     Problem(device, (3, 5, 2), 40, noise, **options).check(monkeypatch)
 
 
 @pytest.mark.parametrize("noise", MODES)
 @pytest.mark.parametrize("options", FAMILY.values(), ids=FAMILY)
 def test_family_of_wide_rows(device, monkeypatch, options, noise):
-    monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(2, 256, 4, 1, True))
+    in_pieces(monkeypatch, 256, 2)
     Problem(device, (3, 2), 601, noise, **options).check(monkeypatch)
 
 
@@ -423,7 +413,7 @@ def test_dtypes_of_the_residual(device, monkeypatch, dtype, residual, noise):
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 def test_the_gradient_of_the_sum_may_be_missing(device, monkeypatch, wide):
     if wide:
-        monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(1, 16, 4, 1, True))
+        in_pieces(monkeypatch, 16)
     problem = Problem(device, (5, 3), 40, "sample", residual=torch.float32)
     problem.dsum = None
     problem.check(monkeypatch)
@@ -453,7 +443,7 @@ def test_strides_of_the_residual(device, monkeypatch, which):
         ((2, 6, 4), 1, 2),
     ],
 )
-def test_groups_and_samples(device, monkeypatch, multiprocessors, leading, sample_dim, groups, noise):
+def test_groups_and_samples(device, monkeypatch, programs, leading, sample_dim, groups, noise):
     Problem(device, leading, 24, noise, sample_dim, groups=groups).check(monkeypatch)
 
 

@@ -1,7 +1,5 @@
-"""How rows are dealt to programs, and how many launches and torch calls a forward and a backward make."""
+"""Tiles and numbers of programs, and how many launches and torch calls a forward and a backward make."""
 
-import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -12,166 +10,138 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from small_tiles import in_pieces, prepare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import inspect as inspector
 from klnorm import launch, ops, tuning
 from klnorm.functional import Settings, normalize
-from klnorm.kernels.rows import run_of
-from klnorm.spec import Parameters
+from klnorm.kernels import posterior
+from klnorm.kernels.rows import Mode, rows_of
+from klnorm.reference import kl_norm
+from klnorm.spec import Parameters, Rows
 
 ROOT = Path(__file__).resolve().parents[1]
+REGISTERS = 65536  # of a multiprocessor
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 255, 1000, 4097, 8192, 8193, 1 << 20])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_tiles(n, itemsize):
+    """Powers of two, of at least 16 features; 4 to 32 elements a thread, as registers hold; whole rows unless wide."""
+    wide = tuning.is_wide(n, itemsize)
+    shapes = {
+        "forward": tuning.forward_shape(n, itemsize),
+        "dx": tuning.dx_wide_shape(n, itemsize),
+        "sums": tuning.sums_wide_shape(n, itemsize, True),
+    }
+    if not wide:
+        shapes |= {
+            "shared": tuning.backward_shape(n, itemsize, False),
+            "merged": tuning.backward_shape(n, itemsize, True),
+        }
+        assert min(shapes["forward"].block_n, shapes["shared"].block_n, 2 * shapes["merged"].block_n) >= n
+    for name, shape in shapes.items():
+        for power in shape.block_m, shape.block_n, shape.num_warps:
+            assert power & (power - 1) == 0
+        assert shape.block_n >= 16  # the noise comes in eights
+        a_thread = shape.block_m * shape.block_n / (32 * shape.num_warps)
+        assert 4 <= a_thread * (itemsize == 8) + a_thread <= 32, name
+        assert shape.num_warps <= 16
+
+
+def test_tiles_as_measured():
+    """On an H200, see bench/NOTES.md: rows x features, warps, prefetching and programs a multiprocessor."""
+    assert tuning.forward_shape(256, 2) == (8, 256, 2, 1, 1)
+    assert tuning.forward_shape(1024, 2) == (1, 1024, 1, 1, 1)
+    assert tuning.forward_shape(8192, 2) == (1, 8192, 8, 1, 1)
+    assert tuning.backward_shape(256, 2, False) == (4, 256, 1, 3, 8)
+    assert tuning.backward_shape(1024, 2, False) == (1, 1024, 2, 3, 6)
+    assert tuning.backward_shape(8192, 2, False) == (1, 8192, 8, 3, 1)
+    assert tuning.backward_shape(1024, 2, True) == (1, 1024, 2, 1, 6)
+    assert tuning.finalizer_shape(1024)[:3] == (256, 8, 4)
+
+
+def test_programs_are_as_many_as_registers_hold():
+    """A program more than fits would run alone at the end. The compiler's counts are in the committed result file."""
+    rows = json.loads((ROOT / "bench/results/inspect_sm90.json").read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if row["kind"] == "backward" and row["mode"] in ("shared", "token")]
+    assert {256, 1024, 4096, 8192} <= {row["n"] for row in rows}
+    for row in rows:
+        if not tuning.is_wide(row["n"], 2):
+            shape = tuning.backward_shape(row["n"], 2, row["mode"] == "token")
+            assert shape.num_warps == row["warps"]
+            a_program = 32 * shape.num_warps * -(-row["registers"] // 8) * 8  # granted in eights
+            assert shape.per_multiprocessor * a_program <= REGISTERS
+
+
+def rows_of_batch(n_rows, draws=1, groups=1):
+    return Rows.of(True, n_rows, groups, draws, n_rows // draws)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_cols", "expected"),
+    [
+        (rows_of_batch(1024), 1024, False),  # 2^20 elements
+        (rows_of_batch(1025), 1024, True),
+        (rows_of_batch(4 * 1024, 1024), 1024, True),  # four rows a draw
+        (rows_of_batch(3 * 1024, 1024), 1024, False),
+        (rows_of_batch(4 * 1024, 1, 1024), 1024, True),  # four rows of a group with parameters of its own
+        (rows_of_batch(3 * 1024, 1, 1024), 1024, False),
+        (Rows.of(True, 1 << 15, 1, 1 << 15, 1), 1024, True),  # a draw a row
+        (Rows.of(False, 1 << 15, 1, 1, 1), 1024, False),  # evaluation
+    ],
+)
+def test_parameters_are_prepared_where_it_pays(rows, n_cols, expected):
+    assert tuning.prepares(rows, n_cols) is expected
 
 
 @pytest.mark.parametrize("draws", [1, 2, 3, 64, 1000])
 @pytest.mark.parametrize("rows_per_draw", [1, 2, 7, 64, 4099])
-@pytest.mark.parametrize("programs", [1, 2, 132, 528])
+@pytest.mark.parametrize("multiprocessors", [1, 2, 132])
 @pytest.mark.parametrize("block_m", [1, 8])
-def test_every_position_belongs_to_one_program(draws, rows_per_draw, programs, block_m):
+def test_every_tile_of_a_backward_belongs_to_one_program(draws, rows_per_draw, multiprocessors, block_m):
+    shape = tuning.Shape(block_m, 64, 1, 1, 2)
     n_rows = draws * rows_per_draw
-    runs = tuning._deal(n_rows, draws, block_m, programs)
+    rows = Rows(n_rows, 1, draws, rows_per_draw, "shared")
+    programs, many_draws = tuning.backward_programs(rows, shape, 64, 2, multiprocessors)
+    tiles = -(-rows_per_draw // block_m)
     owned = []
-    for program in range(runs.programs):  # the arithmetic of `run_of` in kernels/rows.py
-        share, run = divmod(program, runs.runs_per_share)
-        start = share * runs.share_rows + run * runs.run_rows
-        stop = min(start + runs.run_rows, (share + 1) * runs.share_rows)
-        assert start < stop, "a program without rows leaves its partial sums unwritten"
-        if not runs.span:
-            assert start // rows_per_draw == (stop - 1) // rows_per_draw, "one draw a run"
-        owned.append((start, stop))
-    assert owned[0][0] == 0
-    assert owned[-1][1] == n_rows
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(owned))
-    assert runs.programs <= max(programs, 1) * (1 if runs.span else 2)
+    for program in range(programs):  # the arithmetic of `draws_of` in kernels/gradients.py
+        if many_draws:
+            mine = [(draw, tile) for draw in range(program, draws, programs) for tile in range(tiles)]
+        else:
+            share = programs // draws
+            mine = [(program // share, tile) for tile in range(program % share, tiles, share)]
+        assert mine, "a program without rows leaves its partial sums unwritten"
+        owned += mine
+    assert sorted(owned) == [(draw, tile) for draw in range(draws) for tile in range(tiles)]
+    assert programs <= 2 * multiprocessors
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 255, 1000, 8192, 8193, 1 << 20])
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("clusters", [False, True])
-@pytest.mark.parametrize("four_sums", [False, True])
-def test_tiles(n, itemsize, backward, clusters, four_sums):
-    tile = tuning.tile(n, itemsize, backward, clusters, four_sums)
-    assert tile.wide == (tile.block_n < n)
-    for power in tile.block_m, tile.block_n, tile.num_warps, tile.num_ctas:
-        assert power & (power - 1) == 0
-    assert tile.block_n >= 8  # the noise comes in eights
-    assert tile.block_m * tile.block_n // tile.num_ctas <= max(tuning.TILE_ELEMENTS, tuning.REGISTER_WIDTH)
-    assert tile.num_ctas == 1 or clusters
-    assert not tile.halves or (backward and four_sums and not tile.wide)
-    assert tile.registers == 128 or (backward and four_sums)
-    assert 32 * tile.num_warps * tile.registers <= tuning.REGISTERS
-
-
-@pytest.mark.parametrize(
-    ("version", "expected"), [("3.2.0", False), ("3.5.1", False), ("3.6.0", True), ("3.10.0", True)]
-)
-def test_splits_in_registers(version, expected):
-    assert tuning.splits_in_registers(version) is expected
-
-
-@pytest.mark.parametrize(("n", "itemsize", "halves"), [(4096, 2, False), (4097, 2, True), (8192, 4, True)])
-def test_rows_in_halves_take_a_multiprocessor_each(n, itemsize, halves):
-    """65,536 registers of a multiprocessor: 8 warps of 32 threads with up to 255."""
-    tile = tuning.tile(n, itemsize, backward=True, four_sums=True)
-    assert tile.halves == halves
-    assert not tuning.tile(n, itemsize, backward=True, four_sums=True, splits=False).halves
-    if halves:
-        assert tile.num_warps == 8
-        assert tuning.backward_runs(1 << 20, 1 << 20, 1, tile, n, itemsize, 132).programs == 132
-
-
-def test_programs_are_dealt_for_the_registers_that_they_take():
-    """A program more than fits would run alone at the end. The compiler's counts are in the committed result file."""
-    rows = json.loads((ROOT / "bench/results/inspect_sm90.json").read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in rows if (row["kind"], row["mode"]) == ("backward", "token")]
-    assert {256, 1024, 4096, 8192} <= {row["n"] for row in rows}
-    for row in rows:
-        tile = tuning.tile(row["n"], 2, backward=True, four_sums=True)
-        if not tile.wide:
-            assert tile.num_warps == row["warps"]
-            assert tile.registers - 8 < -(-row["registers"] // 8) * 8 <= tile.registers  # granted in eights
-
-
-@pytest.mark.parametrize(
-    ("capability", "triton_version", "expected"),
-    [
-        ((9, 0), "3.9.0", True),
-        ((10, 0), "3.10.0+git1a2b", True),
-        ((9, 0), "3.8.0", False),  # compiles pairs to three times the instructions, larger clusters not at all
-        ((9, 0), "3.7.1", False),
-        ((8, 9), "3.9.0", False),
-        ((0, 0), "3.9.0", False),
-    ],
-)
-def test_has_clusters(capability, triton_version, expected):
-    assert tuning.has_clusters(capability, triton_version) is expected
-
-
-@pytest.mark.parametrize(
-    ("n", "itemsize", "forward", "backward"),  # (blocks, warps) that share a row, None where it is worked in pieces
-    [
-        (4096, 2, (1, 8), (1, 8)),
-        (8192, 2, (1, 16), (1, 16)),
-        (8193, 2, None, (4, 8)),  # forward: nearly half of the lanes idle
-        (12288, 2, None, (4, 8)),
-        (15000, 2, (4, 8), (4, 8)),
-        (16384, 4, (4, 8), (4, 8)),
-        (32768, 2, (8, 8), (8, 8)),
-        (65536, 2, (8, 16), (8, 16)),
-        (65537, 2, None, None),
-        (2048, 8, (1, 4), (1, 4)),
-        (16384, 8, None, None),
-    ],
-)
-def test_cluster_sizes(n, itemsize, forward, backward):
-    for expected, is_backward in (forward, False), (backward, True):
-        tile = tuning.tile(n, itemsize, is_backward, clusters=True)
-        assert tile.wide == (expected is None)
-        assert (tile.num_ctas, tile.num_warps) == (expected or (1, 8))
-
-
-@pytest.mark.parametrize(("num_ctas", "clusters"), [(1, 132), (4, 32), (8, 16)])
-@pytest.mark.parametrize(("num_warps", "per_multiprocessor"), [(16, 1), (8, 2)])
-def test_programs_are_clusters(num_ctas, clusters, num_warps, per_multiprocessor):
-    """132 multiprocessors: 8 groups of at least 16, each with whole clusters alone."""
-    tile = tuning.Tile(1, 16384, num_warps, 1, False, num_ctas)
-    resident = clusters * per_multiprocessor
-    assert tuning.backward_runs(1 << 20, 1, 1, tile, 16384, 2, 132).programs == resident
-    assert tuning.forward_runs(1 << 20, 1, 1, tile, 32768, 132).programs == pytest.approx(8 * resident, rel=0.01)
-    assert tuning.backward_runs(1 << 20, 1, 1, tile, 16384, 2, 3).programs >= 1
-
-
-@pytest.mark.parametrize("clusters", [False, True])
-def test_launches_of_clusters(monkeypatch, clusters):
-    """Rows of 16384 in clusters of 4: a program is a cluster, in the grid as in the partial sums."""
-    monkeypatch.setattr(tuning, "has_clusters", lambda capability, version: clusters)
-    launched = []
-
-    class Kernel:
-        arg_names, pre_run_hooks = (), ()
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: launched.append((grid, options["num_ctas"], options["num_warps"]))
-
-    calls = inspector.calls(16384, torch.bfloat16, "token", "sm_90")
-    assert [call.kernel.__name__ for call, _ in calls.values()] == (
-        ["forward_kernel", "backward_kernel", "finalize_kernel"]
-        if clusters
-        else ["forward_wide_kernel", "backward_wide_kernel", "finalize_kernel"]
+def test_partial_sums_stay_small_beside_the_input():
+    """Few very wide rows: not one row of sums per program that runs at once, which would be several times the input."""
+    n_rows, n_cols = 264, 1 << 20
+    shape = tuning.sums_wide_shape(n_cols, 2, True)
+    programs, _ = tuning.backward_programs(rows_of_batch(n_rows), shape, n_cols, 2, 132)
+    assert programs * 4 * n_cols * 4 <= n_rows * n_cols * 2 / 4
+    many = Rows.of(True, 1 << 20, 1, 1 << 18, 4)
+    programs, many_draws = tuning.backward_programs(many, tuning.backward_shape(1024, 2, False), 1024, 2, 132)
+    assert many_draws
+    assert programs == 132 * 6
+    few_groups, _ = tuning.backward_programs(
+        rows_of_batch(1 << 16, 1, 64), tuning.backward_shape(1024, 2, False), 1024, 2, 132
     )
-    for call, tensors in calls.values():
-        dataclasses.replace(call, kernel=Kernel()).launch(tensors[:-1], (), tensors[-1])
-    programs = [call.grid for call, _ in calls.values()]
-    assert launched == list(zip(programs, [4, 4, 1] if clusters else [1] * 3, [8, 8, 4], strict=True))
-    partial = calls["finalize"][1][0]
-    assert partial.shape == (programs[1][0], 4, 16384)
+    assert 64 * few_groups <= 132 * 6
+
+
+def test_the_floor_of_the_deterministic_reading_is_the_references():
+    assert posterior.FLOOR.value == kl_norm.FLOOR
 
 
 class Kernel:
     """Stands in for a Triton kernel: notes what it is given, compiles `compiled`."""
 
-    arg_names = "x_ptr", "prior_ptr", "y_ptr", "seed", "n_rows", "N", "FAST"
+    arg_names = "x_ptr", "parameters", "seed", "outputs", "n_rows", "TILE", "MODE"
 
     def __init__(self, compiles=True):
         self.pre_run_hooks, self.bound, self.launched, self.compiles = [], [], [], compiles
@@ -193,7 +163,7 @@ class Compiled:
 
 
 def call_of(kernel, n_rows=5, grid=(7, 2), dtypes=(torch.float32, None)):
-    return launch.Call(kernel, torch.device("cpu"), dtypes, grid, (n_rows,), {"FAST": True, "N": 4}, 8, 4)
+    return launch.Call(kernel, torch.device("cpu"), dtypes, grid, (n_rows,), {"MODE": True, "TILE": 4}, 8)
 
 
 @pytest.fixture
@@ -211,22 +181,23 @@ def test_what_triton_has_compiled_is_launched_directly():
     """Triton sees the first call of every kind of inputs; later ones go to the compiled kernel, with all arguments."""
     kernel, seed, y = Kernel(), torch.tensor([3]), torch.empty(8)
     call, x = call_of(kernel, dtypes=(torch.float32,) * 2), aligned(32)
-    kinds = [((x, x), 9), ((x[1:], x), 9), ((x, x[2:]), 9), ((x, x), seed), ((x, x), None)]
-    for number, (inputs, key) in enumerate(kinds, 1):
-        call.launch(inputs, (y,), key)
+    kinds = [(x, x, 9), (x[1:], x, 9), (x, x[2:], 9), (x, x, seed), (x, x, None)]
+    for number, (x, weight, key) in enumerate(kinds, 1):
+        parameters, outputs = Parameters(weight, *[None] * 5), (y, None)
+        call.launch((x,), parameters, key, (outputs,))
         assert len(kernel.bound) == number
         grid, args, options = kernel.bound[-1]
         assert grid == (7, 2)
-        assert all(a is b for a, b in zip(args, (*inputs, y, key, 5, 4, True), strict=True))
-        assert options == {"num_warps": 8, "num_ctas": 4, "enable_fp_fusion": True}
+        assert all(a is b for a, b in zip(args, (x, parameters, key, outputs, 5, 4, True), strict=True))
+        assert options == {"num_warps": 8, "enable_fp_fusion": True}
         assert not kernel.launched
-    for number, (inputs, key) in enumerate(kinds, 1):
-        call.launch(inputs, (y,), key)
-        pointers = [0 if t is None else t.data_ptr() for t in (*inputs, y)]
+    for number, (x, weight, key) in enumerate(kinds, 1):
+        call.launch((x,), Parameters(weight, *[None] * 5), key, ((y, None),))
         key = key.data_ptr() if isinstance(key, torch.Tensor) else key
-        assert kernel.launched[-1] == ((7, 2, 1), (*pointers, key, 5, 4, True))
+        pointers = x.data_ptr(), (weight.data_ptr(), 0, 0, 0, 0, 0), key, (y.data_ptr(), 0)
+        assert kernel.launched[-1] == ((7, 2, 1), (*pointers, 5, 4, True))
         assert (len(kernel.bound), len(kernel.launched)) == (len(kinds), number)
-    call.launch((x[4:], x), (y,), 11)  # as aligned as the first, and another seed of its kind
+    call.launch((x[4:],), Parameters(x, *[None] * 5), 11, ((y, None),))  # as aligned as the first
     assert (len(kernel.bound), len(kernel.launched)) == (len(kinds), len(kinds) + 1)
 
 
@@ -234,14 +205,14 @@ def test_what_triton_has_compiled_is_launched_directly():
 def test_another_number_of_rows_is_nothing_new_to_triton():
     kernel, x, y = Kernel(), aligned(32), torch.empty(8)
     for n_rows in 5, 1, 16, 2**31 - 1:
-        call_of(kernel, n_rows, (n_rows, 1)).launch((x, None), (y,), 9)
+        call_of(kernel, n_rows, (n_rows, 1)).launch((x,), (None,), 9, (y,))
     assert [grid for grid, _, _ in kernel.bound] == [(5, 1)]
     assert [(grid, args[4]) for grid, args in kernel.launched] == [
         ((n_rows, 1, 1), n_rows) for n_rows in (1, 16, 2**31 - 1)
     ]
-    call_of(kernel, 2**31).launch((x, None), (y,), 9)  # an integer of 64 bits
-    call_of(kernel, dtypes=(torch.bfloat16, None)).launch((x, None), (y,), 9)
-    call_of(kernel, dtypes=(torch.float32,) * 2).launch((x, x), (y,), 9)
+    call_of(kernel, 2**31).launch((x,), (None,), 9, (y,))  # an integer of 64 bits
+    call_of(kernel, dtypes=(torch.bfloat16, None)).launch((x,), (None,), 9, (y,))
+    call_of(kernel, dtypes=(torch.float32,) * 2).launch((x,), (x,), 9, (y,))
     assert len(kernel.bound) == 4
 
 
@@ -250,7 +221,7 @@ def test_untried_versions_of_triton_and_its_interpreter_see_every_launch(monkeyp
     monkeypatch.setattr(launch, "_DIRECT", not compiles)
     kernel, x, y = Kernel(compiles), aligned(32), torch.empty(8)
     for _ in range(3):
-        call_of(kernel).launch((x, None), (y,), 9)
+        call_of(kernel).launch((x,), (None,), 9, (y,))
     assert (len(kernel.bound), len(kernel.launched)) == (3, 0)
 
 
@@ -262,13 +233,13 @@ OBSERVERS = "debug", "add_stages_inspection_hook", "instrumentation_mode", "pre_
 def test_who_observes_triton_sees_every_launch(monkeypatch, observer):
     kernel, x, y = Kernel(), aligned(32), torch.empty(8)
     call = call_of(kernel)
-    call.launch((x, None), (y,), 9)
+    call.launch((x,), (None,), 9, (y,))
     if observer == "pre_run_hooks":
         kernel.pre_run_hooks.append(print)
     else:
         knobs = triton.knobs.compilation if observer == "instrumentation_mode" else triton.knobs.runtime
         monkeypatch.setattr(knobs, observer, "on")
-    call.launch((x, None), (y,), 9)
+    call.launch((x,), (None,), 9, (y,))
     assert (len(kernel.bound), len(kernel.launched)) == (2, 0)
     kernel.pre_run_hooks.clear()
     monkeypatch.undo()
@@ -277,7 +248,8 @@ def test_who_observes_triton_sees_every_launch(monkeypatch, observer):
 # A process in which Triton compiles, for a driver that calls hooks as Triton's own does, and does nothing else.
 HOOKED = """
 import torch, triton
-from bench.overhead import Driver, way_of_cuda
+from bench.inspect import Driver
+from bench.overhead import way_of_cuda
 from klnorm import KLLayerNorm
 
 def launcher(x, y, z, stream, function, packed, metadata, enter, exit, *args):
@@ -306,18 +278,27 @@ def test_what_triton_itself_compiles_is_bound_once_for_all_sizes_and_launched_wi
 
 
 @triton.jit
-def _run_kernel(out_ptr, program, run_rows, runs_per_share, share_rows):
-    start, stop = run_of(program + tl.program_id(0), run_rows, runs_per_share, share_rows)
-    tl.store(out_ptr, start)
-    tl.store(out_ptr + 1, stop)
+def _rows_kernel(out_ptr, tile, draw, n_draws, inner, rows_per_draw, MODE: tl.constexpr):
+    row, mask = rows_of(tile + tl.program_id(0), draw + tl.program_id(0), n_draws, inner, rows_per_draw, MODE, 2)
+    tl.store(out_ptr + tl.arange(0, 2)[:, None], tl.where(mask, row, -1))
 
 
-def test_runs_beyond_2_to_the_31(device):
-    """The last run of 3 * 2^30 rows, in the kernel's own arithmetic."""
-    runs = tuning.forward_runs(3 << 30, 1, 1, tuning.tile(1, 2), 2, 132)
+@pytest.mark.parametrize(
+    ("order", "n_draws", "inner", "expected"),
+    [
+        ("rows", 3, 1 << 30, (3 << 30) - 1),
+        ("strided", 3, 1, (3 << 30) - 1),
+        ("blocked", 3, 1 << 29, (3 << 30) - 1),
+    ],
+)
+def test_rows_beyond_2_to_the_31(device, order, n_draws, inner, expected):
+    """The last row of the last of 3 draws of 2^30 rows, in the kernels' own arithmetic."""
     out = torch.empty(2, dtype=torch.int64, device=device)
-    _run_kernel[(1,)](out, runs.programs - 1, runs.run_rows, runs.runs_per_share, runs.share_rows)
-    assert out.tolist() == [(runs.programs - 1) * runs.run_rows, 3 << 30]
+    mode = Mode(False, "shared", order, False, False)
+    _rows_kernel[(1,)](out, (1 << 29) - 1, n_draws - 1, n_draws, inner, 1 << 30, mode)
+    assert out[1].item() == expected
+    _rows_kernel[(1,)](out, 1 << 29, n_draws - 1, n_draws, inner, (1 << 30) + 1, mode)
+    assert out[1].item() == -1
 
 
 def test_vector_width():
@@ -339,15 +320,6 @@ def test_vector_width():
     assert launch._access(64, [whole, None, aligned[:192].as_strided((3, 64), (60, 1))])[1:] == (4, (16, 0, 15))
 
 
-def test_partial_sums_stay_small_beside_the_input():
-    """Few very wide rows: not one row of sums per resident program, which would be several times the input."""
-    n_rows, n_cols = 264, 1 << 20
-    runs = tuning.backward_runs(n_rows, 1, 1, tuning.tile(n_cols, 2, True), n_cols, 2, 132)
-    assert runs.programs * 4 * n_cols * 4 <= n_rows * n_cols * 2 / 4
-    narrow = tuning.backward_runs(1 << 16, 1, 1, tuning.tile(4096, 2, True), 4096, 2, 132)
-    assert narrow.programs >= 132
-
-
 class CountTorchCalls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -358,9 +330,24 @@ class CountTorchCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+KERNELS = {
+    "small": (["forward_kernel"], ["backward_kernel", "finalize_kernel"]),
+    "prepared": (["prepare_kernel", "forward_kernel"], ["prepare_kernel", "backward_kernel", "finalize_kernel"]),
+    "wide": (["forward_wide_kernel"], ["dx_wide_kernel", "sums_wide_kernel", "finalize_kernel"]),
+}
+
+
 @pytest.mark.parametrize(("sample", "seed_launches"), [(True, 1), (False, 0)])
-def test_launches(device, monkeypatch, kernels_path, sample, seed_launches):
-    """Forward launches one kernel, backward two; beyond them only the seed, as a tensor without a seed is drawn."""
+@pytest.mark.parametrize("work", KERNELS)
+def test_launches(device, monkeypatch, kernels_path, work, sample, seed_launches):
+    """Beyond the kernels only the seed, as a tensor without a seed is drawn."""
+    expected_forward, expected_backward = KERNELS[work if sample or work == "wide" else "small"]
+    if work == "prepared":
+        prepare(monkeypatch)
+    if work == "wide":
+        in_pieces(monkeypatch, 16)
+    launch.forward_plan.cache_clear()
+    launch.backward_plan.cache_clear()
     launched = []
     monkeypatch.setattr(launch.Call, "launch", lambda call, *tensors: launched.append(call.kernel.__name__))
     monkeypatch.setattr(ops, "is_watched", lambda: False)  # by what counts here
@@ -370,15 +357,17 @@ def test_launches(device, monkeypatch, kernels_path, sample, seed_launches):
     with CountTorchCalls() as forward:
         settings = Settings("layer", "sampled", "sample", 0, 0.1, 1e-5)
         y, _, kl = normalize(x, None, (32,), Parameters(*parameters, None, None), settings, sample)
-    assert launched == ["forward_kernel"]
+    assert launched == expected_forward
     computing = [call for call in forward.calls if call not in FREE]
     assert computing == ["aten::randint"] * seed_launches
     launched.clear()
     cotangents = torch.randn_like(y), torch.ones_like(kl)
     with CountTorchCalls() as backward:
         torch.autograd.grad([y, kl], [x, *parameters], cotangents)
-    assert launched == ["backward_kernel", "finalize_kernel"]
+    assert launched == expected_backward
     assert [call for call in backward.calls if call not in FREE] == []
+    launch.forward_plan.cache_clear()
+    launch.backward_plan.cache_clear()
 
 
 # Calls that launch nothing on a GPU: allocations and views.

@@ -9,16 +9,22 @@ import torch
 from native import Launch, NativeCompilation, compile_apart
 
 from klnorm import launch
+from klnorm.kernels.rows import Mode, Tile
+
+MODE, TILE = Mode(False, "none", "rows", False, False), Tile(8, 1, 1, 16, 1)
 
 
-def call(kernel, *sizes, num_warps=4, **constants):
-    function, cpu = getattr(refused_kernel, kernel), torch.device("cpu")
-    return launch.Call(function, cpu, (), (1, 1), sizes, {"FAST": False, "N": 8, **constants}, num_warps)
+def call(kernel, *, num_warps=4, **options):
+    constants = {
+        "MODE": MODE._replace(**{k: v for k, v in options.items() if k in MODE._fields}),
+        "TILE": TILE._replace(**{k: v for k, v in options.items() if k in TILE._fields}),
+    }
+    return launch.Call(getattr(refused_kernel, kernel), torch.device("cpu"), (), (1, 1), (), constants, num_warps)
 
 
 def recorded(kernel, x_dtype=torch.float32, y=True, **options):
     x = torch.empty(1, dtype=x_dtype)
-    return Launch.of(call(kernel, **options), (x, x if y else None, None))
+    return Launch.of(call(kernel, **options), (x, (x, None), None, x if y else None))
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,10 @@ def _tests_on_the_path(monkeypatch):
 def test_what_the_compiler_refuses_is_told_in_its_words():
     (refusal,) = compile_apart([recorded("good"), recorded("returns_before_none", y=False)])
     name, again, *words = refusal.splitlines()
-    assert name == "returns_before_none(float32, None, None; FAST=True, N=8)"
+    assert name == (
+        "returns_before_none((float32, (float32, None), None, None); IS_RMS=False, NOISE='none', ORDER='rows', "
+        "GROUPED=False, FAST=True, N=8, VEC=1, BLOCK_M=1, BLOCK_N=16, STAGES=1)"
+    )
     assert again.startswith("To see it again: python -m pytest tests/test_native.py::test_what_the_compiler_refuses")
     assert words[0].startswith("CompilationError")
     assert "tl.store(y_ptr" in refusal
@@ -44,11 +53,10 @@ def test_what_ptxas_refuses_and_what_ends_the_compiler_is_told_beside_the_others
 
 
 def test_tiles_for_the_interpreter_alone_are_cut():
-    """A test's tile of 2^18 features would take the compiler hours, a cluster it cannot have for ever."""
-    assert recorded("good", BLOCK_N=1 << 18).constants["BLOCK_N"] <= 1024
-    clustered = recorded("good")._replace(num_ctas=4)
-    assert clustered.kind != recorded("good").kind
-    assert compile_apart([clustered]) == []
+    """A test's tile of 2^18 features would take the compiler hours."""
+    cut = recorded("good", N=1 << 20, BLOCK_N=1 << 18)
+    assert cut.constants["TILE"].BLOCK_N <= 1024
+    assert compile_apart([cut]) == []
 
 
 def test_code_that_drops_nan_is_told():
@@ -58,10 +66,10 @@ def test_code_that_drops_nan_is_told():
 
 def test_kinds_differ_by_what_decides_the_code():
     first = recorded("good")
-    assert first.kind == recorded("good", N=96, num_warps=8).kind
+    assert first.kind == recorded("good", N=12, num_warps=8).kind
     others = [
         recorded("good", x_dtype=torch.bfloat16), recorded("good", y=False), recorded("good", N=1),
-        recorded("good", NOISE="token"), recorded("good", WIDE=True), recorded("drops_nan"),
+        recorded("good", NOISE="merged"), recorded("good", GROUPED=True), recorded("drops_nan"), recorded("good", N=32),
     ]  # fmt: skip
     assert len({other.kind for other in [first, *others]}) == 1 + len(others)
 
@@ -69,9 +77,9 @@ def test_kinds_differ_by_what_decides_the_code():
 def test_the_cheapest_of_a_kind_is_kept_and_a_refusal_fails_the_session():
     plugin = NativeCompilation()
     x = torch.empty(1)
-    for block in 64, 8, 256:
-        plugin.record(call("returns_before_none", BLOCK_N=block), (x,), (None,), None)
-    assert [kept.constants["BLOCK_N"] for kept in plugin.launches.values()] == [8]
+    for block in 64, 16, 256:
+        plugin.record(call("returns_before_none", BLOCK_N=block), (x,), (), None, (None,))
+    assert [kept.constants["TILE"].BLOCK_N for kept in plugin.launches.values()] == [16]
     session = SimpleNamespace(config=SimpleNamespace(), exitstatus=0, shouldfail="stopping after 1 failures")
     plugin.pytest_sessionfinish(session)
     assert plugin.report is None
@@ -83,7 +91,7 @@ def test_the_cheapest_of_a_kind_is_kept_and_a_refusal_fails_the_session():
 
 def test_workers_hand_over_what_they_recorded():
     worker, controller = NativeCompilation(), NativeCompilation()
-    worker.record(call("good"), (torch.empty(1),), (torch.empty(1),), None)
+    worker.record(call("good"), (torch.empty(1),), (), None, (torch.empty(1),))
     session = SimpleNamespace(config=SimpleNamespace(workeroutput={}), exitstatus=0)
     worker.pytest_sessionfinish(session)
     controller.pytest_testnodedown(session.config)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small_tiles import in_pieces
 from torch import nn
 
 import klnorm
-from klnorm import KLLayerNorm, KLRMSNorm, launch, reference, tuning
+from klnorm import KLLayerNorm, KLRMSNorm, launch, reference
 from klnorm.functional import kl_layer_norm, kl_rms_norm
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -21,7 +22,7 @@ def path(request, monkeypatch):
     if request.param != "cpu_path":
         request.getfixturevalue("kernels_path")
     if request.param == "wide_kernels":
-        monkeypatch.setattr(tuning, "tile", lambda *args, **kwargs: tuning.Tile(2, 256, 4, 1, True))
+        in_pieces(monkeypatch, 256, 2)
     launch.forward_plan.cache_clear()
     launch.backward_plan.cache_clear()
     yield request.param

@@ -102,7 +102,7 @@ def test_a_key_does_not_compile_anew(monkeypatch):
             return lambda *args: launched.append(args[-1])
 
     class Kernel:
-        arg_names, pre_run_hooks = ("x_ptr", "seed"), ()
+        arg_names, pre_run_hooks = ("x_ptr", "parameters", "seed"), ()
 
         def __getitem__(self, grid):
             return lambda *args, **options: compiled.append(args[-1]) or Compiled()
@@ -110,6 +110,6 @@ def test_a_key_does_not_compile_anew(monkeypatch):
     monkeypatch.setattr(launch, "_DIRECT", True)
     call = launch.Call(Kernel(), torch.device("cpu"), (None,), (1, 1), (), {}, 4)
     for key in 2**62, 2**63 - 16, 2**62 + 1:
-        call.launch((None,), (), key)
+        call.launch((None,), (), key, ())
     assert compiled == [2**62]
     assert launched == [2**63 - 16, 2**62 + 1]
