@@ -36,37 +36,53 @@ ROWS = 1 << 15
 
 
 class Mode(NamedTuple):
-    """What is computed, beside the noise by the mode's first word: "eval", "shared" or "token"."""
+    """What is computed. `draws`: 0 in evaluation; or `rows_of_draw` tells them. `inner`: rows of a block of a draw."""
 
     draws: int = 1
-    inner: int = ROWS
+    rows_of_draw: int = 0
+    inner: int = 0
     rms: bool = False
     residual: bool = False
     groups: int = 1
 
 
-# With "many draws" a program of the backward has several.
+# With "many draws" a program of the backward has several; "two rows" are too few for a draw to be prepared.
 MODES = {
-    "eval": Mode(),
+    "eval": Mode(draws=0),
     "shared": Mode(),
-    "shared, many draws": Mode(ROWS // 4, 4),
-    "shared, two rows a draw": Mode(ROWS // 2, 2),  # too few to prepare: rows make scale and shift themselves
-    "shared, time first": Mode(64, 1),
-    "shared, middle": Mode(64, 16),
-    "shared, groups": Mode(64, ROWS // 64, groups=64),
+    "shared, many draws": Mode(rows_of_draw=4),
+    "shared, two rows a draw": Mode(rows_of_draw=2),
+    "shared, time first": Mode(64, inner=1),
+    "shared, middle": Mode(64, inner=16),
+    "shared, groups": Mode(64, groups=64),
     "shared, rms": Mode(rms=True),
     "shared, residual": Mode(residual=True),
-    "token": Mode(ROWS, 1),
-    "token, rms": Mode(ROWS, 1, rms=True),
-    "token, residual": Mode(ROWS, 1, residual=True),
+    "token": Mode(rows_of_draw=1),
+    "token, rms": Mode(rows_of_draw=1, rms=True),
+    "token, residual": Mode(rows_of_draw=1, residual=True),
 }
 ROW_KINDS = "forward", "backward", "sums"
 KINDS = "prepare", *ROW_KINDS, "finalize"
 DEFAULT_WIDTHS = 256, 1024, 4096, 8192, 16384
 
-BUDGET = {}
-EXTRA = {}
-FORWARD_SHARED = 64
+# Instructions per element of rows, as compiled by Triton 3.7, and what other forms of a mode take beside. Evaluation
+# counts as shared.
+BUDGET = {
+    ("forward", "shared"): {1024: 12.6, 4096: 13.7, 8192: 14.1},
+    ("forward", "token"): {1024: 27.8, 4096: 28.7, 8192: 28.5},
+    ("backward", "shared"): {1024: 20.4, 4096: 17.0, 8192: 17.2},
+    ("backward", "token"): {1024: 36.4, 4096: 36.6, 8192: 36.7},
+}
+EXTRA = {
+    ("forward", "residual"): 2.6,
+    ("forward", "middle"): 0.8,  # a division a row
+    ("forward", "two rows a draw"): 70.0,  # two deviations and two normals
+    ("backward", "residual"): 3.3,
+    ("backward", "middle"): 1.4,
+    ("backward", "many draws"): 0.2,
+    ("backward", "two rows a draw"): 0.3,
+}
+FORWARD_SHARED = 64  # bytes: more is a conversion between layouts
 CHECKED_WIDTHS = 1024, 4096, 8192
 VECTOR_WIDTHS = 768, 1000, 3072, 5120, 12288
 ROW_SCALARS = 8  # accesses of single numbers of a row, at most: mean, rstd, row sums, first feature
@@ -96,43 +112,43 @@ class Driver:
         return lambda *args: None
 
 
-def calls(n_cols, dtype, mode, arch):
-    """Kind -> (the `launch.Call` that klnorm would make for ROWS x n_cols in this mode, tensors without memory).
+def calls(n_cols, dtype, mode, multiprocessors, n_rows=ROWS, device="meta"):
+    """Kind -> (the `launch.Call` that klnorm would make for n_rows x n_cols in this mode, tensors without memory).
 
     The tensors are the first arguments of the kernel.
     """
-    target = launch.Target(torch.device("meta"), ARCHITECTURES[arch][1], True)
+    target = launch.Target(torch.device(device), multiprocessors, True)
 
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     acc = accumulation_dtype(tensor(dtype=dtype))
-    draws, inner, rms, with_residual, groups = MODES[mode]
-    rows, statistics, kl = tensor(ROWS, n_cols, dtype=dtype), tensor(ROWS, 2, dtype=acc), tensor(groups, dtype=acc)
-    residual = rows if with_residual else None
-    scale, shift = tensor(groups, n_cols), None if rms else tensor(groups, n_cols)
-    parameters = Parameters(scale, shift, scale, shift, tensor(n_cols), None if rms else tensor(n_cols))
-    seed = None if mode == "eval" else tensor(1, dtype=torch.int64)
-    layout = Rows.of(seed is not None, ROWS, groups, draws, inner)
-    dtypes = dtypes_of(rows, residual, *parameters)
-    spec = make_spec("rms" if rms else "layer", "sampled", 1e-5, Prior(0.0, 0.0, 0.1), n_cols, layout, dtypes)
-    forward = launch.forward_plan(spec, target, *launch._access(n_cols, (rows, residual))[1:])
-    access = launch._access(n_cols, (rows, rows, residual))[1:]
-    backward = launch.backward_plan(spec, target, dtypes_of(rows, residual, kl), *access)
+    mode = MODES[mode]
+    x, y, dy = (tensor(n_rows, n_cols, dtype=dtype) for _ in range(3))
+    residual, dsum = (x, dy) if mode.residual else (None, None)
+    statistics = tensor(n_rows, 1 if mode.rms else 2, dtype=acc)
+    kl = tensor(mode.groups, dtype=acc)
+    scale, shift = tensor(mode.groups, n_cols), None if mode.rms else tensor(mode.groups, n_cols)
+    parameters = Parameters(scale, shift, scale, shift, tensor(n_cols), None if mode.rms else tensor(n_cols))
+    seed = None if mode.draws == 0 else tensor(1, dtype=torch.int64)
+    draws = n_rows // mode.rows_of_draw if mode.rows_of_draw else max(1, mode.draws)
+    rows = Rows.of(seed is not None, n_rows, mode.groups, draws, mode.inner or n_rows // draws)
+    dtypes = dtypes_of(x, residual, *parameters)
+    spec = make_spec("rms" if mode.rms else "layer", "sampled", 1e-5, Prior(0.0, 0.0, 0.1), n_cols, rows, dtypes)
+    access = launch._access(n_cols, (x, residual))[1:]
+    forward = launch.forward_plan.__wrapped__(spec, target, *access)
+    access = launch._access(n_cols, (x, dy, dsum))[1:]
+    backward = launch.backward_plan.__wrapped__(spec, target, dtypes_of(dy, dsum, kl), *access)
     prepared = None if forward.prepare is None else tensor(*forward.prepared, dtype=acc)
     partial = tensor(*backward.partial, dtype=acc)
+    of_rows = x, dy, dsum, statistics, prepared, parameters, seed, (y, None)
     found = {
         "prepare": (backward.prepare, (parameters, seed, prepared)),
-        "forward": (forward.rows, (rows, residual, prepared, parameters, seed, (rows, residual, statistics), kl)),
-        "backward": (
-            backward.rows, (rows, rows, residual, statistics, prepared, parameters, seed, (rows, None), partial)
-        ),
-        "sums": (backward.sums, (rows, rows, statistics, prepared, parameters, seed, partial)),
+        "forward": (forward.rows, (x, residual, prepared, parameters, seed, (y, residual, statistics), kl)),
+        "backward": (backward.rows, (*of_rows, partial) if backward.sums is None else of_rows),
+        "sums": (backward.sums, (x, dy, statistics, prepared, parameters, seed, partial)),
         "finalize": (backward.finalize, (partial, kl, parameters, seed, parameters[:4])),
-    }  # fmt: skip
-    if backward.sums is not None:
-        call, tensors = found["backward"]
-        found["backward"] = call, tensors[:-1]
+    }
     return {kind: (call, tensors) for kind, (call, tensors) in found.items() if call is not None}
 
 
@@ -154,16 +170,26 @@ def disassemble(cubin, *options):
         return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def usage(compiled):
+    """(registers a thread, bytes that a thread spills)."""
+    found = disassemble(compiled.asm["cubin"], "-res-usage")
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", found).groups())
+    return registers, stack + local
+
+
 def row_code(sass, kind):
     """Opcodes of what a program does for one tile of rows, once; of kernels with a loop over rows its body.
 
-    The forward's first branch leads around the divergence, which is program 0's alone.
+    The forward's first branch parts rows from the divergence, which stores a single number.
     """
     code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
     jumps = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
     if kind == "forward":
         target, branch = jumps[0]
-        return [opcode(text) for at, text in code if (at < branch or at >= target) and "NOP" not in text]
+        parts = [[opcode(text) for at, text in code if branch < at < target and "NOP" not in text]]
+        parts.append([opcode(text) for at, text in code if at >= target and "NOP" not in text])
+        before = [opcode(text) for at, text in code if at <= branch]
+        return before + max(parts, key=lambda ops: count(ops, "STG"))
     loops = {(first, last) for first, last in jumps if first < last}
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     bodies = [[opcode(text) for at, text in code if first <= at <= last] for first, last in sorted(innermost)]
@@ -193,13 +219,13 @@ def access_widths(ops):
 def inspect(variant):
     """A row of figures for (n_cols, dtype name, mode, kind, architecture); None where that mode has no such kernel."""
     n_cols, dtype, mode, kind, arch = variant
-    launches = calls(n_cols, DTYPES[dtype], mode, arch)
+    capability, multiprocessors = ARCHITECTURES[arch]
+    launches = calls(n_cols, DTYPES[dtype], mode, multiprocessors)
     if kind not in launches:
         return None
     call, tensors = launches[kind]
-    compiled = compile_ahead(call, tensors, ARCHITECTURES[arch][0])
-    usage = disassemble(compiled.asm["cubin"], "-res-usage")
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    compiled = compile_ahead(call, tensors, capability)
+    registers, spilled = usage(compiled)
     tile = call.constants["TILE"]
     pieces = -(-n_cols // tile.BLOCK_N)
     in_pieces = kind in ("forward", "backward") and "wide" in call.kernel.fn.__name__  # loops of loops: not counted
@@ -215,7 +241,7 @@ def inspect(variant):
     }
     return {
         "n": n_cols, "dtype": dtype, "mode": mode, "kind": kind, "arch": arch, "kernel": call.kernel.fn.__name__,
-        "warps": call.num_warps, "registers": registers, "stack": stack, "local": local,
+        "warps": call.num_warps, "registers": registers, "spilled": spilled,
         "shared": compiled.metadata.shared, "widths": access_widths(ops),
         **{name: round(figure / per_element, 2) if counted else None for name, figure in figures.items()},
     }  # fmt: skip
@@ -225,11 +251,11 @@ def check(rows):
     """What is past the budget, as messages."""
     for row in rows:
         name = f"{row['kind']} {row['mode']} N={row['n']} {row['dtype']} {row['arch']}"
-        if spilled := row["stack"] + row["local"]:
-            yield f"{name}: {spilled} bytes spilled"
+        if row["spilled"]:
+            yield f"{name}: {row['spilled']} bytes spilled"
         if row["kind"] == "forward" and row["n"] > 512 and row["shared"] > FORWARD_SHARED:
             yield f"{name}: {row['shared']} bytes of shared memory, budget {FORWARD_SHARED}"
-        if row["total"] is None:
+        if (row["kind"], "shared") not in BUDGET or row["total"] is None:
             continue
         budget = BUDGET[row["kind"], "token" if row["mode"].startswith("token") else "shared"].get(row["n"], math.inf)
         budget += EXTRA.get((row["kind"], row["mode"].partition(", ")[2]), 0.0)
@@ -242,7 +268,7 @@ def check(rows):
 
 def show(rows):
     columns = [
-        "n", "mode", "kind", "warps", "registers", "stack", "local", "shared",
+        "n", "mode", "kind", "warps", "registers", "spilled", "shared",
         "total", "multiply", "special", "memory", "widths",
     ]  # fmt: skip
     cells = [columns] + [["" if row[c] is None else str(row[c]) for c in columns] for row in rows]

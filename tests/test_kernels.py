@@ -20,6 +20,7 @@ from klnorm.spec import Parameters, Prior, Rows, dtypes_of, make_spec
 
 PRIOR_STD, EPS = 0.3, 1e-5
 MODES = "none", "batch", "sample", "token"
+FINALIZER = tuning.finalizer_shape
 
 
 @pytest.fixture(params=[(1, False), (3, True), (3, False), (1000, True)], ids=lambda p: f"{p[0]}sm-{p[1]}")
@@ -34,10 +35,19 @@ def programs(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_plans():
-    """No launch is planned as in another test, which may have patched what it is planned by."""
+def _fresh_plans(device, monkeypatch):
+    """No launch is planned as in another test, which may have patched what it is planned by.
+
+    In the interpreter, where a program costs milliseconds, one finalizes more features than on a GPU.
+    """
     launch.forward_plan.cache_clear()
     launch.backward_plan.cache_clear()
+    if device.type == "cpu":
+        monkeypatch.setattr(
+            tuning,
+            "finalizer_shape",
+            lambda n_cols: tuning.Shape(2, min(1 << 16, max(64, tuning.next_power_of_2(n_cols))), 4),
+        )
 
 
 class Problem:
@@ -212,7 +222,6 @@ def test_wide_rows(device, monkeypatch, programs, n, dtype, noise):
 
 @pytest.mark.parametrize("noise", ["sample", "token"])
 def test_wide_rows_as_tuned(device, monkeypatch, noise):
-    few_finalizer_programs(device, monkeypatch)
     Problem(device, (3, 2), 9001, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
@@ -228,22 +237,24 @@ def test_rows_in_halves(device, monkeypatch, n, bias, prepared):
 
 @pytest.mark.parametrize(("n", "dtype"), [(4104, torch.float16), (8191, torch.bfloat16)], ids=str)
 def test_rows_in_halves_as_tuned(device, monkeypatch, n, dtype):
-    few_finalizer_programs(device, monkeypatch)
     Problem(device, (3, 2), n, "token", dtype=dtype).check(monkeypatch)
 
 
 @pytest.mark.parametrize("noise", ["batch", "token"])
 def test_widest_rows(device, monkeypatch, noise):
-    few_finalizer_programs(device, monkeypatch)
     if device.type == "cpu":
         in_pieces(monkeypatch, 1 << 18)
     Problem(device, (2,), 1 << 20, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
-def few_finalizer_programs(device, monkeypatch):
-    """In the interpreter, where a program costs milliseconds, let one finalize many features."""
-    if device.type == "cpu":
-        monkeypatch.setattr(tuning, "finalizer_shape", lambda n_cols: tuning.Shape(2, 1 << 16, 4))
+@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
+def test_finalizer_as_tuned(device, monkeypatch, noise):
+    """More programs than it adds up at a time, and features that it has to cut."""
+    monkeypatch.setattr(tuning, "finalizer_shape", FINALIZER)
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 300)
+    monkeypatch.setattr(launch, "_target", functools.cache(launch._target.__wrapped__))
+    monkeypatch.setattr(tuning, "backward_shape", lambda *args: tuning.Shape(1, 32, 1))
+    Problem(device, (300, 2), 20, noise).check(monkeypatch)
 
 
 @pytest.mark.parametrize("noise", MODES)

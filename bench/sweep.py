@@ -1,0 +1,287 @@
+"""Which tiles are fastest on a GPU: every candidate of every kernel beside the tuned one.   Run: python -m bench.sweep
+
+    python -m bench.sweep [--n 256 4096] [--noise token] [--direction forward] [--minutes 3] [--output DIR]
+    python -m bench.sweep --table DIR/sweep.json       the table of bench/NOTES.md
+
+Processes side by side compile all candidates first. Each is then timed as `timing.py` says, on M x N = 64 Mi elements
+in bf16, and its results are compared with those of the tuned tile. Without a GPU it ends after compiling, and prints
+registers, spills, shared memory and how many warps these leave a multiprocessor of sm_90.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from klnorm import tuning
+
+from . import report, timing
+from .inspect import calls, compile_ahead, usage
+
+WIDTHS = 256, 1024, 4096, 8192, 16384
+NOISES = "shared", "token"
+DIRECTIONS = "forward", "backward", "sums", "finalize"
+ELEMENTS = 64 << 20
+BEST = 5
+TENSORS = {"forward": 2, "backward": 3, "sums": 2}  # of the size of x that a kernel reads and writes at least
+MEASUREMENT_MS = 20.0
+CAPABILITY, MULTIPROCESSORS = 90, 132  # where there is no GPU
+REGISTERS, SHARED_BYTES, MOST_WARPS, MOST_PROGRAMS = 65536, 227 << 10, 64, 32  # of a multiprocessor
+
+
+def tuner_of(direction, n):
+    """Name of the function of `tuning` whose answer is swept."""
+    if direction == "backward":
+        return "dx_wide_shape" if tuning.is_wide(n, 2) else "backward_shape"
+    return {"forward": "forward_shape", "sums": "sums_wide_shape", "finalize": "finalizer_shape"}[direction]
+
+
+def candidates(direction, noise, n):
+    """Shapes, the tuned one first."""
+    merged, wide = noise == "token", tuning.is_wide(n, 2)
+    if direction == "finalize":
+        shapes = [tuning.Shape(*s) for s in itertools.product((64, 128, 256, 512), (8, 16, 32), (2, 4, 8))]
+        shapes = [s for s in shapes if 4 <= s.block_m * s.block_n // (32 * s.num_warps) <= 64]
+        return _first(tuning.finalizer_shape(n), shapes)
+    if direction == "sums":
+        shapes = itertools.product((1,), (512, 1024, 2048), (4, 8), (1, 2) if merged else (3, 4), (2, 4, 8))
+        return _first(tuning.sums_wide_shape(n, 2, merged), [tuning.Shape(*s) for s in shapes]) if wide else []
+    if wide:
+        tuned = tuning.forward_shape(n, 2) if direction == "forward" else tuning.dx_wide_shape(n, 2)
+        return _first(tuned, [tuning.Shape(1, *s) for s in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16))])
+    rows = {max(1, elements // n) for elements in (512, 1024, 2048, 4096)}
+    tiles = [(m, n, warps) for m in rows for warps in (1, 2, 4, 8, 16) if 8 <= m * n // (32 * warps) <= 64]
+    if direction == "forward":
+        return _first(tuning.forward_shape(n, 2), [tuning.Shape(*tile) for tile in tiles])
+    stages = (1, 2) if merged else (1, 3, 4)
+    tuned = tuning.backward_shape(n, 2, merged)
+    shapes = itertools.product([t for t in {*tiles, tuned[:3]} if t[0] * t[1] <= 32 * 32 * t[2]], stages, (1, 2, 3, 4))
+    shapes = [tuning.Shape(*tile, s, max(1, k * 4 // tile[2])) for tile, s, k in shapes]
+    return _first(tuned, shapes)
+
+
+def _first(tuned, shapes):
+    return list(dict.fromkeys([tuned, *shapes]))
+
+
+def call_of(direction, noise, n, shape, multiprocessors=MULTIPROCESSORS, device="meta"):
+    """(Call, tensors without memory) of a candidate."""
+    with mock.patch.object(tuning, tuner_of(direction, n), return_value=shape):
+        return calls(n, torch.bfloat16, noise, multiprocessors, ELEMENTS // n, device)[direction]
+
+
+def compile_candidate(case, capability, multiprocessors):
+    """What the compiler made of a candidate, which it leaves in Triton's cache as well."""
+    direction, noise, n, shape = case
+    found = dict.fromkeys(("registers", "spilled", "shared", "warps", "why"))
+    try:
+        call, tensors = call_of(direction, noise, n, shape, multiprocessors)
+        compiled = compile_ahead(call, tensors, capability)
+        registers, spilled = usage(compiled)
+    except Exception as error:  # a tile may be too large for the compiler
+        return found | {"why": report.reason(error)}
+    shared = compiled.metadata.shared
+    found |= {"registers": registers, "spilled": spilled, "shared": shared}
+    return found | {"warps": resident_warps(registers, shared, shape.num_warps)}
+
+
+def resident_warps(registers, shared, num_warps):
+    """Warps of programs of `num_warps` that a multiprocessor holds."""
+    by_registers = REGISTERS // (32 * num_warps * -(-registers // 8) * 8)
+    by_shared = SHARED_BYTES // (shared + 1024)  # each program has a kilobyte beside
+    return num_warps * min(by_registers, by_shared, MOST_WARPS // num_warps, MOST_PROGRAMS)
+
+
+class Bench:
+    """Tensors of one width and noise on the GPU, and the clock."""
+
+    def __init__(self, clock, noise, n):
+        self.clock, self.noise, self.n = clock, noise, n
+        self.multiprocessors = torch.cuda.get_device_properties(clock.device).multi_processor_count
+        made = {}
+
+        def real(tensor):
+            if id(tensor) not in made:
+                made[id(tensor)] = tensor, self._filled(tensor)
+            return made[id(tensor)][1]
+
+        launches = calls(n, torch.bfloat16, noise, self.multiprocessors, ELEMENTS // n, clock.device)
+        self.tensors = {}
+        for kind, (call, tensors) in launches.items():  # in the order in which one needs what another makes
+            self.tensors[kind] = tree_map(lambda t: None if t is None else real(t), tensors)
+            launch_with(call, self.tensors[kind])
+
+    def _filled(self, tensor):
+        if tensor.dtype == torch.int64:
+            return torch.full(tensor.shape, 7, device=self.clock.device)
+        return torch.randn(tensor.shape, device=self.clock.device, dtype=torch.float32).to(tensor.dtype)
+
+    def results(self, direction, shape):
+        """(function that launches a candidate, the tensors that it writes)."""
+        call, tensors = call_of(direction, self.noise, self.n, shape, self.multiprocessors, self.clock.device)
+        known, flat = tree_leaves(self.tensors[direction]), iter(tree_leaves(tensors))
+        fits = [t if t is None or t.shape == next(flat).shape else None for t in known]
+        if any(t is not None and fit is None for t, fit in zip(known, fits, strict=True)):  # other partial sums
+            tensors = tree_map(lambda t: None if t is None else self._filled(t), tensors)
+        else:
+            tensors = self.tensors[direction]
+        return lambda _=0: launch_with(call, tensors), written(direction, tensors)
+
+
+def launch_with(call, tensors):
+    """Launch with tensors in the order of the kernel's arguments."""
+    at = next(i for i, t in enumerate(tensors) if hasattr(t, "weight"))
+    call.launch(tensors[:at], tensors[at], tensors[at + 1], tensors[at + 2 :])
+
+
+def written(direction, tensors):
+    """What results are compared by: outputs, sums over programs."""
+    if direction == "forward":
+        return tensors[-2][:1]
+    if direction == "finalize":
+        return tensors[-1]
+    return tensors[-2][:1] if direction == "backward" and isinstance(tensors[-2], tuple) else tensors[-1:]
+
+
+def differ(results, tuned):
+    """How far results of a candidate are from the tuned one's, of the largest of each; None where they fit."""
+    for got, want in zip(results, tuned, strict=True):
+        if got is None:
+            continue
+        got, want = (t.float().sum(0) if t.dim() == 3 else t.float() for t in (got, want))
+        error = ((got - want).abs().max() / want.abs().max()).item()
+        if not error <= 2.0**-7:  # an ulp of bf16 at the largest; NaN is not less either
+            return error
+    return None
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return 0
+    begun, gpu = time.monotonic(), torch.cuda.is_available()
+    cases = [
+        (direction, noise, n, shape)
+        for n in options.n
+        for noise in options.noise
+        for direction in options.direction
+        for shape in candidates(direction, noise, n)
+    ]
+    major, minor = torch.cuda.get_device_capability() if gpu else divmod(CAPABILITY, 10)
+    result = {"environment": report.environment(), "copy_gbps": None, "records": [], "not_run": 0}
+    print(f"{report.describe(result['environment'])}\n{len(cases)} candidates, {options.workers} processes compile")
+    found = compile_all(cases, 10 * major + minor, options.workers, begun + 60 * options.minutes * 0.7)
+    print(f"compiled {len(found)} after {time.monotonic() - begun:.0f} s")
+    if gpu:
+        clock = timing.CudaClock(torch.device("cuda", torch.cuda.current_device()))
+        result["copy_gbps"] = clock.copy_gbps()
+        measured(cases, found, clock, result, begun + 60 * options.minutes)
+    else:
+        result["records"] = [record_of(case, found[case]) for case in cases if case in found]
+    report.save(options.output / "sweep.json", result)
+    print(table(result))
+    return 0
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--noise", choices=NOISES, nargs="+", default=NOISES)
+    parser.add_argument("--direction", choices=DIRECTIONS, nargs="+", default=DIRECTIONS)
+    parser.add_argument("--minutes", type=float, default=3.0, help="stop after so many (default: 3)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of sweep.json")
+    parser.add_argument("--table", type=Path, help="print the table of this file, and nothing else")
+    return parser.parse_args(arguments)
+
+
+def compile_all(cases, capability, workers, deadline):
+    """{case: what was found}, for as many as there is time for."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
+    found, pool = {}, ProcessPoolExecutor(workers)
+    waiting = {pool.submit(compile_candidate, case, capability, multiprocessors): case for case in cases}
+    with contextlib.suppress(TimeoutError):
+        for done in as_completed(waiting, timeout=max(1, deadline - time.monotonic())):
+            found[waiting[done]] = done.result()
+    pool.shutdown(cancel_futures=True)
+    return found
+
+
+def record_of(case, found, ms=None, wrong=None):
+    direction, noise, n, shape = case
+    return {
+        "direction": direction, "noise": noise, "n": n, "shape": list(shape), "ms": ms, "wrong": wrong,
+        "tuned": shape == candidates(direction, noise, n)[0], **found,
+    }  # fmt: skip
+
+
+def measured(cases, found, clock, result, deadline):
+    """Time case after case that was compiled, until the deadline."""
+    timing.BUDGET_MS = MEASUREMENT_MS
+    for (noise, n), group in itertools.groupby(cases, key=lambda case: case[1:3]):
+        bench, tuned = None, {}
+        for case in group:
+            if time.monotonic() > deadline or case not in found:
+                result["not_run"] += 1
+            elif found[case]["why"]:
+                result["records"].append(record_of(case, found[case]))
+            else:
+                bench = bench or Bench(clock, noise, n)
+                result["records"].append(_time(bench, case, found[case], tuned))
+        del bench, tuned
+        torch.cuda.empty_cache()
+
+
+def _time(bench, case, found, tuned):
+    direction, *_, shape = case
+    try:
+        run, results = bench.results(direction, shape)
+        run()
+        results = [None if t is None else t.clone() for t in results]
+        wrong = differ(results, tuned.setdefault(direction, results))
+        return record_of(case, found, timing.measure(run, bench.clock).median_ms, wrong)
+    except Exception as error:  # one that does not launch must not end the sweep
+        return record_of(case, found | {"why": report.reason(error)})
+
+
+def table(result):
+    """The best of every kernel beside the tuned one, as Markdown; without times, those of most warps."""
+    lines = [
+        "| N | noise | kernel | rows x features, warps, stages, programs | ms | of copy "
+        "| registers, spilled, shared | warps |",
+        "|---" * 8 + "|",
+    ]
+    records = [r for r in result["records"] if not r["why"] and r["wrong"] is None]
+    for _, group in itertools.groupby(records, key=lambda r: (r["n"], r["noise"], r["direction"])):
+        group = sorted(group, key=lambda r: (r["ms"] or 0, r["spilled"], -r["warps"]))
+        lines += [_line(r, result["copy_gbps"]) for r in group if r in group[:BEST] or r["tuned"]]
+    bad = [r for r in result["records"] if r["why"] or r["wrong"] is not None]
+    lines += [f"\n{r['direction']} {r['noise']} {r['n']} {r['shape']}: {r['why'] or r['wrong']}" for r in bad]
+    return "\n".join(lines + ([f"\n{result['not_run']} candidates were not run"] if result["not_run"] else []))
+
+
+def _line(record, copy_gbps):
+    rows, features, warps, stages, programs = record["shape"]
+    shape = f"{rows} x {features}, {warps}, {stages}, {programs}" + (" (tuned)" if record["tuned"] else "")
+    ms = share = ""
+    if record["ms"] is not None:
+        ms = f"{record['ms']:.4f}"
+        if record["direction"] in TENSORS:
+            share = f"{TENSORS[record['direction']] * ELEMENTS * 2 / record['ms'] / 1e6 / copy_gbps:.2f}"
+    usage_ = f"{record['registers']}, {record['spilled']}, {record['shared']}"
+    cells = record["n"], record["noise"], record["direction"], shape, ms, share, usage_, record["warps"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
