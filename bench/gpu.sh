@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Tests, memory, benchmark and training step on a GPU.   bash bench/gpu.sh OUTDIR [--quick]
+# Tests, tiles, norms and training step on a GPU.   bash bench/gpu.sh OUTDIR [--quick]
 #
-# Ends inside 9 minutes (--quick: 3). Installs nothing. OUTDIR then holds log.txt (all output), summary.txt, norms.json,
-# norms.png, memory.json, train_step.json: whatever finished. Exit status 0 if every part ended well, 1 if one did not,
+# Ends inside 12 minutes (--quick: 3). Installs nothing. OUTDIR then holds log.txt (all output), summary.txt, sweep.json,
+# norms.json, norms.png, train_step.json: whatever finished. Exit status 0 if every part ended well, 1 if one did not,
 # 2 for wrong usage or no GPU. PYTHON names another interpreter.
 set -u
 
@@ -20,14 +20,14 @@ if ! timeout 100 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_ava
     exit 2
 fi
 log=$out/log.txt
-rm -f "$out"/{norms,memory,train_step}.json "$out/norms.png" "$out/summary.txt" # of an earlier run
+rm -f "$out"/{sweep,norms,train_step}.json "$out/norms.png" "$out/summary.txt" # of an earlier run
 : > "$log"
 all_well=0
 
 # Seconds for all, and those that each part is promised; the rest is for starting up and for parts that end late. What
-# tests and memory leave goes to the norms, and what those leave to the training step.
-if [ -n "$quick" ]; then total=165; tests=45; memory=20; norms=55; train=35
-else total=520; tests=170; memory=60; norms=170; train=110; fi
+# tests and sweep leave goes to the norms, and what those leave to the training step.
+if [ -n "$quick" ]; then total=165; tests=45; sweep=30; train=35; widths="--n 1024"
+else total=720; tests=120; sweep=180; train=180; widths=; fi
 
 # part NAME SECONDS MARGIN COMMAND...: run it with a time limit, log its output and its end. With a MARGIN the command is
 # told to stop measuring that many seconds before the limit.
@@ -60,15 +60,16 @@ for file in $(grep -lw device tests/test_*.py); do # what never asks for the dev
     case " $first " in *" $file "*) ;; *) rest="$rest $file" ;; esac
 done
 [ -z "$quick" ] || rest=
-# Most of their time is compiling: eight processes where pytest-xdist is installed.
+# Most of their time is compiling: a process per core where pytest-xdist is installed.
 jobs=
-if "$python" -c 'import xdist' 2>> "$log"; then jobs="-n 8"; fi
+if "$python" -c 'import xdist' 2>> "$log"; then jobs="-n auto"; fi
 
 # The tests demand deterministic algorithms; cuBLAS has them only with a fixed workspace.
 # shellcheck disable=SC2086
 part tests "$tests" 0 env CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=2 "$python" -m pytest -q -p no:cacheprovider \
     -o faulthandler_timeout=30 $jobs --device cuda $first $rest
-part memory "$memory" 10 "$python" -m bench.memory --output "$out" $quick
+# shellcheck disable=SC2086
+part sweep "$sweep" 10 "$python" -m bench.sweep --output "$out" $widths
 part norms $((total - SECONDS - 10 - train)) 15 "$python" -m bench.norms --output "$out" $quick
 # It lost the GPU or hung: go on after that case, as long as there is time and it gets further.
 while grep -q '^ "running"' "$out/norms.json" 2> /dev/null; do

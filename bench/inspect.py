@@ -117,7 +117,8 @@ def calls(n_cols, dtype, mode, multiprocessors, n_rows=ROWS, device="meta"):
 
     The tensors are the first arguments of the kernel.
     """
-    target = launch.Target(torch.device(device), multiprocessors, True)
+    device = torch.device(device)
+    target = launch.Target(device, multiprocessors, device.type == "meta" or launch._fast(device))
 
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -141,13 +142,14 @@ def calls(n_cols, dtype, mode, multiprocessors, n_rows=ROWS, device="meta"):
     backward = launch.backward_plan.__wrapped__(spec, target, dtypes_of(dy, dsum, kl), *access)
     prepared = None if forward.prepare is None else tensor(*forward.prepared, dtype=acc)
     partial = tensor(*backward.partial, dtype=acc)
+    gradients = tuple([None if p is None else torch.empty_like(p) for p in parameters[:4]])
     of_rows = x, dy, dsum, statistics, prepared, parameters, seed, (y, None)
     found = {
         "prepare": (backward.prepare, (parameters, seed, prepared)),
         "forward": (forward.rows, (x, residual, prepared, parameters, seed, (y, residual, statistics), kl)),
         "backward": (backward.rows, (*of_rows, partial) if backward.sums is None else of_rows),
         "sums": (backward.sums, (x, dy, statistics, prepared, parameters, seed, partial)),
-        "finalize": (backward.finalize, (partial, kl, parameters, seed, parameters[:4])),
+        "finalize": (backward.finalize, (partial, kl, parameters, seed, gradients)),
     }
     return {kind: (call, tensors) for kind, (call, tensors) in found.items() if call is not None}
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from klnorm import tuning
+from klnorm import launch, tuning
 
 from . import report, timing
 from .inspect import calls, compile_ahead, usage
@@ -79,12 +79,12 @@ def call_of(direction, noise, n, shape, multiprocessors=MULTIPROCESSORS, device=
         return calls(n, torch.bfloat16, noise, multiprocessors, ELEMENTS // n, device)[direction]
 
 
-def compile_candidate(case, capability, multiprocessors):
+def compile_candidate(case, capability):
     """What the compiler made of a candidate, which it leaves in Triton's cache as well."""
     direction, noise, n, shape = case
     found = dict.fromkeys(("registers", "spilled", "shared", "warps", "why"))
     try:
-        call, tensors = call_of(direction, noise, n, shape, multiprocessors)
+        call, tensors = call_of(direction, noise, n, shape)
         compiled = compile_ahead(call, tensors, capability)
         registers, spilled = usage(compiled)
     except Exception as error:  # a tile may be too large for the compiler
@@ -106,7 +106,7 @@ class Bench:
 
     def __init__(self, clock, noise, n):
         self.clock, self.noise, self.n = clock, noise, n
-        self.multiprocessors = torch.cuda.get_device_properties(clock.device).multi_processor_count
+        self.multiprocessors = launch._multiprocessors(clock.device)
         made = {}
 
         def real(tensor):
@@ -120,6 +120,10 @@ class Bench:
             self.tensors[kind] = tree_map(lambda t: None if t is None else real(t), tensors)
             launch_with(call, self.tensors[kind])
 
+    def _fitting(self, have, wanted):
+        """A tensor that is there; another where a candidate needs other partial sums."""
+        return have if have is None or have.shape == wanted.shape else self._filled(wanted)
+
     def _filled(self, tensor):
         if tensor.dtype == torch.int64:
             return torch.full(tensor.shape, 7, device=self.clock.device)
@@ -128,12 +132,7 @@ class Bench:
     def results(self, direction, shape):
         """(function that launches a candidate, the tensors that it writes)."""
         call, tensors = call_of(direction, self.noise, self.n, shape, self.multiprocessors, self.clock.device)
-        known, flat = tree_leaves(self.tensors[direction]), iter(tree_leaves(tensors))
-        fits = [t if t is None or t.shape == next(flat).shape else None for t in known]
-        if any(t is not None and fit is None for t, fit in zip(known, fits, strict=True)):  # other partial sums
-            tensors = tree_map(lambda t: None if t is None else self._filled(t), tensors)
-        else:
-            tensors = self.tensors[direction]
+        tensors = tree_map(self._fitting, self.tensors[direction], tensors)
         return lambda _=0: launch_with(call, tensors), written(direction, tensors)
 
 
@@ -207,9 +206,8 @@ def parse(arguments):
 
 def compile_all(cases, capability, workers, deadline):
     """{case: what was found}, for as many as there is time for."""
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
     found, pool = {}, ProcessPoolExecutor(workers)
-    waiting = {pool.submit(compile_candidate, case, capability, multiprocessors): case for case in cases}
+    waiting = {pool.submit(compile_candidate, case, capability): case for case in cases}
     with contextlib.suppress(TimeoutError):
         for done in as_completed(waiting, timeout=max(1, deadline - time.monotonic())):
             found[waiting[done]] = done.result()

@@ -19,7 +19,7 @@ SAMPLES = 25
 LEAST_SAMPLES = 7
 BATCH_MS = 1.0  # device time of one batch, far above the resolution of an event
 MOST_CALLS = 16  # in a batch, which has to fit into the queue of launches
-BUDGET_MS = 400.0  # device time of one measurement
+BUDGET_MS = 40.0  # device time of one measurement
 COPY_BYTES = 512 << 20
 
 

@@ -751,18 +751,18 @@ def minutes(words):
 def test_script_runs_every_part(tmp_path):
     done, calls = run_script(tmp_path, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    modules = ["pytest", "bench.memory", "bench.norms", "bench.train_step", "bench.summary"]
+    modules = ["pytest", "bench.sweep", "bench.norms", "bench.train_step", "bench.summary"]
     assert [words[1] for words in calls] == modules
-    tests, memory_part, norms_part, training, _ = calls
+    tests, sweep_part, norms_part, training, _ = calls
     assert tests.index("tests/test_kernels.py") < tests.index("tests/test_bench.py")
     files = {f"tests/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
     on_device = {name for name, text in files.items() if re.search(r"\bdevice\b", text)}
     assert on_device == {word for word in tests if word.startswith("tests/")} < set(files)
-    assert tests[tests.index("-n") + 1] == "8"
+    assert tests[tests.index("-n") + 1] == "auto"
     # Nothing took time: the norms have all but what the training step is promised, and the training step all of that.
-    assert minutes(memory_part) == pytest.approx((60 - 10) / 60, abs=1e-4)
-    assert minutes(norms_part) == pytest.approx((520 - 10 - 110 - 15) / 60, abs=0.1)
-    assert minutes(training) == pytest.approx((520 - 10 - 15) / 60, abs=0.1)
+    assert minutes(sweep_part) == pytest.approx((180 - 10) / 60, abs=1e-4)
+    assert minutes(norms_part) == pytest.approx((720 - 10 - 180 - 15) / 60, abs=0.1)
+    assert minutes(training) == pytest.approx((720 - 10 - 15) / 60, abs=0.1)
     assert "== train_step: ended well" in (tmp_path / "out" / "log.txt").read_text()
 
 
@@ -774,7 +774,9 @@ def test_script_goes_on_after_failures_and_tells(tmp_path):
     assert "tests: STATUS 1" in done.stdout
     assert "norms: STATUS 3" in done.stdout
     assert [words[1] for words in calls[2:]] == ["bench.norms", "bench.train_step", "bench.summary"]
-    assert sum("--quick" in words for words in calls) == 3
+    assert sum("--quick" in words for words in calls) == 2
+    assert calls[1][1:4] == ["bench.sweep", "--output", str(tmp_path / "out")]
+    assert "1024" in calls[1]
 
 
 def test_script_without_xdist(tmp_path):
