@@ -23,7 +23,7 @@ setup(
     packages=[*find_packages(include=["klnorm", "klnorm.*"]), "klnorm.kernels"],
     # The link klnorm/kernels serves a source tree; an sdist has no links, and finds the device code by this line.
     package_dir={"klnorm.kernels": "kernels"},
-    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "numpy"],
+    install_requires=["torch>=2.6", "triton>=3.4; platform_system == 'Linux'", "numpy"],
     extras_require={
         "demo": DEMO,
         "bench": ["matplotlib"],

@@ -23,29 +23,20 @@ class Bandwidth(NamedTuple):
 
 
 BANDWIDTH = [
-    Bandwidth("forward", SHARED, 256, 256, 0.80),
-    Bandwidth("forward", SHARED, 1024, 8192, 0.92),
+    Bandwidth("forward", SHARED, 256, 8192, 0.93),
     Bandwidth("forward", SHARED, 16384, 65536, 0.85),
-    Bandwidth("forward", ("token",), 256, 256, 0.60),
-    Bandwidth("forward", ("token",), 1024, 8192, 0.75),
-    Bandwidth("forward", ("token",), 16384, 65536, 0.70),
-    Bandwidth("backward", SHARED, 256, 256, 0.70),
-    Bandwidth("backward", SHARED, 1024, 8192, 0.85),
-    Bandwidth("backward", SHARED, 16384, 65536, 0.70),
+    Bandwidth("forward", ("token",), 256, 8192, 0.65),
+    Bandwidth("forward", ("token",), 16384, 65536, 0.55),
+    Bandwidth("backward", SHARED, 256, 256, 0.85),
+    Bandwidth("backward", SHARED, 1024, 8192, 0.90),
+    Bandwidth("backward", SHARED, 16384, 65536, 0.55),
     Bandwidth("backward", ("token",), 256, 256, 0.55),
-    Bandwidth("backward", ("token",), 1024, 8192, 0.75),
-    Bandwidth("backward", ("token",), 16384, 65536, 0.60),
+    Bandwidth("backward", ("token",), 1024, 8192, 0.60),
+    Bandwidth("backward", ("token",), 16384, 65536, 0.45),
 ]
 # Forward and backward of klnorm, batch noise, with KL: at most this multiple of the contestant's time.
-RATIO = {
-    "native": 0.65,
-    "compiled": 0.90,
-    "apex_fused": 0.80,
-    "liger": 0.60,
-    "quack": 1.05,
-    "eager": 0.12,
-    "eager_compiled": 0.60,
-}
+PEERS = "compiled", "apex_fused", "apex_fast", "liger", "quack", "fla"
+RATIO = {"native": 0.75, **dict.fromkeys(PEERS, 0.95), "eager": 0.12, "eager_compiled": 0.60}
 RESIDUALS = "residual", "rms_residual"
 # Tensors of the size of x that a residual addition and a normalization move, each at its own minimum. Forward: the
 # addition reads x and residual and writes their sum, the normalization reads that and writes y. Backward: the

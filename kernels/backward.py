@@ -6,7 +6,7 @@ import triton.language as tl
 from .gradients import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .noise import load_key
 from .posterior import load_affine
-from .rows import BATCH_SIZES, group_start, rows_of
+from .rows import BATCH_SIZES, group_start, rows_of, tiles_of
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _rows_of_draw(
     scale = zeros
     if MODE.NOISE != "merged":
         scale, _ = load_affine(prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, 0, MODE, TILE, ACC)
-    for tile in tl.range(first_tile, tl.cdiv(rows_per_draw, TILE.BLOCK_M), step, num_stages=TILE.STAGES):
+    for tile in tl.range(first_tile, tiles_of(rows_per_draw, TILE.BLOCK_M), step, num_stages=TILE.STAGES):
         row, row_mask = rows_of(tile, draw, n_draws, inner, rows_per_draw, MODE, TILE.BLOCK_M)
         row += first_row
         xhat, dxhat, rstd, along_one, along_xhat, sums = _piece(

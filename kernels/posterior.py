@@ -84,8 +84,8 @@ def store_kl(kl_ptr, parameters, weight_prior, bias_prior, prior_std, MODE: tl.c
     Without deviations, in the deterministic reading. A quarter of a tile at a time, for fewer registers than rows take.
     """
     ACC: tl.constexpr = kl_ptr.dtype.element_ty
-    BLOCK: tl.constexpr = min(TILE.BLOCK_N, max(16, TILE.BLOCK_M * TILE.BLOCK_N // 4))
-    total, std = tl.zeros((1, BLOCK), ACC), tl.full((1, 1), prior_std, ACC)
+    BLOCK: tl.constexpr = TILE.BLOCK_N if TILE.BLOCK_M >= 4 else TILE.BLOCK_M * TILE.BLOCK_N // 4
+    total, std = tl.full((1, BLOCK), 0.0, ACC), tl.full((1, 1), prior_std, ACC)
     for first_col in range(0, TILE.N, BLOCK):
         cols = first_col + tl.arange(0, BLOCK)[None, :]
         mask, own = cols < TILE.N, in_group(cols, MODE, TILE.N)
@@ -95,7 +95,7 @@ def store_kl(kl_ptr, parameters, weight_prior, bias_prior, prior_std, MODE: tl.c
         if parameters.weight_rho is None:
             terms = kl_terms_deterministic(weight, bias, prior, std)
         else:
-            terms = tl.zeros((1, BLOCK), ACC)
+            terms = tl.full((1, BLOCK), 0.0, ACC)
             if parameters.bias is not None:
                 terms += kl_terms(bias, load_parameter(parameters.bias_rho, own, mask, ACC), prior, std)
             prior = load_prior(parameters.weight_prior, cols, mask, weight_prior, ACC)

@@ -66,6 +66,12 @@ def as_int64(number):
 
 
 @triton.jit
+def tiles_of(rows_per_draw, BLOCK_M: tl.constexpr):
+    """Tiles of a draw, which has a row; `tl.cdiv` would overflow just below 2^31 rows."""
+    return (rows_per_draw - 1) // BLOCK_M + 1
+
+
+@triton.jit
 def rows_of(tile, draw, n_draws, inner, rows_per_draw, MODE: tl.constexpr, BLOCK_M: tl.constexpr):
     """(rows [BLOCK_M, 1], their mask) of a tile of `draw`, whose k-th row is that with (row // inner) % n_draws."""
     k = as_int64(tile) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]

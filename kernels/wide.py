@@ -10,7 +10,7 @@ from .forward import affine, load_first, load_sum, reciprocal_root, rows_at
 from .gradients import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .noise import load_key
 from .posterior import load_affine, store_kl
-from .rows import BATCH_SIZES, as_int64, group_start, load_tile, rows_of, store_statistics, store_tile
+from .rows import BATCH_SIZES, as_int64, group_start, load_tile, rows_of, store_statistics, store_tile, tiles_of
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def sums_wide_kernel(
     zeros = tl.full((TILE.BLOCK_M, TILE.BLOCK_N), 0.0, ACC)
     for draw in range(start, end, draw_step):
         sums = zeros, zeros, zeros, zeros
-        for tile in tl.range(first_tile, tl.cdiv(rows_per_draw, TILE.BLOCK_M), step, num_stages=TILE.STAGES):
+        for tile in tl.range(first_tile, tiles_of(rows_per_draw, TILE.BLOCK_M), step, num_stages=TILE.STAGES):
             row, row_mask = rows_of(tile, draw, n_draws, inner, rows_per_draw, MODE, TILE.BLOCK_M)
             row += first_row
             xhat, dy, _ = load_normalized(

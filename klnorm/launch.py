@@ -138,7 +138,8 @@ def forward(x, residual, parameters, seed, spec):
 def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
     """(dx, dresidual, dweight, dbias, dweight_rho, dbias_rho), None where there is none, and dresidual like dx as well.
 
-    `z` is what was normalized, x or its sum with the residual; `dy` and `dkl` may be None.
+    `z` is what was normalized, x or its sum with the residual; `dy` and `dkl` may be None. Scratch of the call: partial
+    sums, 16 bytes a feature and program, see `tuning.backward_programs`; what is prepared, 8 bytes a feature and draw.
     """
     operands, vec, strides = _access(spec.n_cols, (z, dy, dsum) if dy is not None else (None,) * 3)
     plan = backward_plan(spec, _target(z.device), dtypes_of(dy, dsum, dkl), vec, strides)
@@ -169,8 +170,10 @@ def _prepared(plan, parameters, seed, like):
 
 
 class ForwardPlan(NamedTuple):
-    """The launches of a forward, `prepare` None where rows prepare parameters themselves; shapes of tensors; `dtype` of
-    statistics, KL and what is prepared."""
+    """The launches of a forward, `prepare` None where rows prepare parameters themselves, and shapes of tensors.
+
+    `dtype`: of statistics, KL and what is prepared.
+    """
 
     prepare: Call | None
     rows: Call
@@ -220,9 +223,10 @@ def backward_plan(spec, target, cotangents, vec, strides):
     if cotangents[0] is not None and rows.n_rows:
         prepare, prepared = _prepare(spec, target, LEAST_VARIANCE.value)
         dtypes, numbers = (z, *cotangents, *_dtypes(spec, prepare)), (*strides, *_numbers(rows))
-        wide = tuning.is_wide(n_cols, z.itemsize)
-        shape = (tuning.sums_wide_shape if wide else tuning.backward_shape)(n_cols, z.itemsize, merged)
-        programs, many_draws = tuning.backward_programs(rows, shape, n_cols, z.itemsize, target.multiprocessors)
+        itemsize = max(z.itemsize, cotangents[0].itemsize)
+        wide = tuning.is_wide(n_cols, itemsize)
+        shape = (tuning.sums_wide_shape if wide else tuning.backward_shape)(n_cols, itemsize, merged)
+        programs, many_draws = tuning.backward_programs(rows, shape, n_cols, itemsize, target.multiprocessors)
         constants = {"MANY_DRAWS": many_draws, "MODE": mode, "TILE": _tile(spec, shape, vec)}
         grid = programs, rows.groups
         if not wide:
@@ -230,7 +234,7 @@ def backward_plan(spec, target, cotangents, vec, strides):
         else:
             grid, of_sums = (*grid, triton.cdiv(n_cols, shape.block_n)), (*numbers[:2], *numbers[3:])
             sums = Call(sums_wide_kernel, target.device, dtypes, grid, of_sums, constants, shape.num_warps)
-            shape, (draws, _) = tuning.dx_wide_shape(n_cols, z.itemsize), rows.in_group
+            shape, (draws, _) = tuning.dx_wide_shape(n_cols, itemsize), rows.in_group
             grid = draws * triton.cdiv(rows.group_rows // draws, shape.block_m), rows.groups
             constants = {"MODE": mode, "TILE": _tile(spec, shape, vec)}
             of_rows = Call(dx_wide_kernel, target.device, dtypes, grid, numbers, constants, shape.num_warps)

@@ -12,6 +12,8 @@ REGISTER_WIDTH_FP64 = 2048
 PREPARED_ELEMENTS = 1 << 20  # from more on, parameters are prepared by a kernel of their own
 PREPARED_ROWS = 4  # of a draw at least: what is prepared takes no more memory than rows of 16 bits
 
+PREFETCHED_BYTES = 16 << 10  # of a row that is prefetched two ahead
+
 PARTIAL_BYTES = 32 << 20  # of partial sums that a backward may take in any case; else a quarter of its input
 
 
@@ -68,17 +70,19 @@ def backward_shape(n_cols, itemsize, merged):
     """For rows kept whole; `merged`: every row has noise of its own, whose backward takes four sums a feature.
 
     Programs are as many as fit in registers, up to 12 warps a multiprocessor. A thread has 16 features; 32 of narrow
-    and of very wide rows with shared noise, and two times 16 where `merged` rows are taken in halves.
+    and of very wide rows with shared noise, and two times 16 where `merged` rows are taken in halves. Rows of more than
+    16 KB are prefetched one ahead instead of two, for the shared memory of GPUs that have less than an H100.
     """
     block_n, size = _block(n_cols), max(1, itemsize // 4)
+    num_stages = 3 if block_n * itemsize <= PREFETCHED_BYTES else 2
     if merged:
         block_n = min(block_n, 4096 // size)
         num_warps = max(1, size * block_n // 512)
         return Shape(max(1, 512 // size // block_n), block_n, num_warps, 1, max(1, 12 // num_warps))
     if block_n <= 512:
-        return Shape(max(1, 1024 // size // block_n), block_n, 1, 3, 8)
+        return Shape(max(1, 1024 // size // block_n), block_n, 1, num_stages, 8)
     num_warps = size * (block_n // 512 if block_n <= 2048 else block_n // 1024)
-    return Shape(1, block_n, num_warps, 3, max(1, (12 if block_n <= 2048 else 8) // num_warps))
+    return Shape(1, block_n, num_warps, num_stages, max(1, (12 if block_n <= 2048 else 8) // num_warps))
 
 
 def dx_wide_shape(n_cols, itemsize):

@@ -13,7 +13,7 @@ def require_versions():
 
 def require_triton():
     """Raise ImportError unless triton is there and new enough. Only the kernels need it: klnorm imports without it."""
-    _require("triton", (3, 2))
+    _require("triton", (3, 4))
 
 
 def _require(package, minimum):

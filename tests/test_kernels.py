@@ -20,7 +20,6 @@ from klnorm.spec import Parameters, Prior, Rows, dtypes_of, make_spec
 
 PRIOR_STD, EPS = 0.3, 1e-5
 MODES = "none", "batch", "sample", "token"
-FINALIZER = tuning.finalizer_shape
 
 
 @pytest.fixture(params=[(1, False), (3, True), (3, False), (1000, True)], ids=lambda p: f"{p[0]}sm-{p[1]}")
@@ -247,14 +246,12 @@ def test_widest_rows(device, monkeypatch, noise):
     Problem(device, (2,), 1 << 20, noise, dtype=torch.bfloat16).check(monkeypatch)
 
 
-@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
-def test_finalizer_as_tuned(device, monkeypatch, noise):
-    """More programs than it adds up at a time, and features that it has to cut."""
-    monkeypatch.setattr(tuning, "finalizer_shape", FINALIZER)
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 300)
-    monkeypatch.setattr(launch, "_target", functools.cache(launch._target.__wrapped__))
-    monkeypatch.setattr(tuning, "backward_shape", lambda *args: tuning.Shape(1, 32, 1))
-    Problem(device, (300, 2), 20, noise).check(monkeypatch)
+@pytest.mark.parametrize("noise", MODES)
+def test_finalizer_in_steps(device, monkeypatch, noise):
+    """More programs than it adds up at a time, a step that is not full, and features that it has to cut."""
+    monkeypatch.setattr(tuning, "finalizer_shape", lambda n_cols: tuning.Shape(4, 8, 4))
+    monkeypatch.setattr(tuning, "backward_shape", lambda *args: tuning.Shape(1, 32, 1, 1, 100))
+    Problem(device, (5, 2), 20, noise).check(monkeypatch)
 
 
 @pytest.mark.parametrize("noise", MODES)

@@ -259,22 +259,23 @@ entered, bound, run = [], [], triton.JITFunction.run
 Driver.launcher_cls = lambda *args: launcher
 triton.knobs.runtime.launch_enter_hook.add(lambda metadata: entered.append(metadata.get()["name"]))
 triton.JITFunction.run = lambda self, *args, **options: bound.append(self.__name__) or run(self, *args, **options)
-layer = KLLayerNorm(8)
+layers = KLLayerNorm(8), KLLayerNorm(8, eps=1e-6, prior_std=0.2)
 with way_of_cuda():
-    for rows in 3, 5, 16, 1:
+    for layer, rows in zip(layers * 3, (3, 5, 16, 1, 2, 2)):
         layer(torch.randn(rows, 8, requires_grad=True)).sum().backward()
 print(*bound)
 print(*entered)
 """
 
 
-def test_what_triton_itself_compiles_is_bound_once_for_all_sizes_and_launched_with_its_hooks():
+def test_what_triton_itself_compiles_is_bound_once_for_all_numbers_and_launched_with_its_hooks():
+    """Sizes, eps and the prior's deviation, which may be annealed, are numbers."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", HOOKED], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
     bound, entered = map(str.split, run.stdout.splitlines())
     assert bound == ["forward_kernel", "backward_kernel", "finalize_kernel"]
-    assert entered == bound * 4
+    assert entered == bound * 6
 
 
 @triton.jit

@@ -32,22 +32,22 @@ def test_torch_too_old(monkeypatch, version):
     assert error.value.name == "torch"
 
 
-@pytest.mark.parametrize("version", ["3.2.0", "3.3.0.post1", "3.10.0+git9", "4.0"])
+@pytest.mark.parametrize("version", ["3.4.0", "3.5.0.post1", "3.10.0+git9", "4.0"])
 def test_triton_new_enough(monkeypatch, version):
     fake(monkeypatch, "triton", version)
     require_triton()
 
 
-@pytest.mark.parametrize("version", ["3.1.0", "2.3.1"])
+@pytest.mark.parametrize("version", ["3.3.1", "2.3.1"])
 def test_triton_too_old(monkeypatch, version):
     fake(monkeypatch, "triton", version)
-    with pytest.raises(ImportError, match=rf"triton>=3\.2, found {version}\. Remedy: pip install 'triton>=3\.2'"):
+    with pytest.raises(ImportError, match=rf"triton>=3\.4, found {version}\. Remedy: pip install 'triton>=3\.4'"):
         require_triton()
 
 
 def test_triton_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match=r"triton>=3\.2, found none\. Remedy: pip install"):
+    with pytest.raises(ImportError, match=r"triton>=3\.4, found none\. Remedy: pip install"):
         require_triton()
 
 
