@@ -101,6 +101,6 @@ def backward_kernel(
             x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, draw, first_row, first_draw,
             first_tile, step, MODE, TILE,
         )  # fmt: skip
-        store_sums(partial_ptr, sums, k0, k1, draw, first_draw, 0, HAS_BIAS, MANY_DRAWS, MODE, TILE)
+        store_sums(partial_ptr, sums, seed, draw, first_draw, 0, HAS_BIAS, MANY_DRAWS, MODE, TILE)
         if TILE.N > TILE.BLOCK_N:
-            store_sums(partial_ptr, more_sums, k0, k1, draw, first_draw, TILE.BLOCK_N, HAS_BIAS, MANY_DRAWS, MODE, TILE)
+            store_sums(partial_ptr, more_sums, seed, draw, first_draw, TILE.BLOCK_N, HAS_BIAS, MANY_DRAWS, MODE, TILE)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
+from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import LEAST_VARIANCE, load_variances
 from .rows import as_int64, load_statistics, load_tile, store_tile
 
@@ -85,7 +85,7 @@ def _store_sum(ptr, cols, value, draw, MANY_DRAWS: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def store_sums(
-    partial_ptr, sums, k0, k1, draw, first_draw, first_col,
+    partial_ptr, sums, seed, draw, first_draw, first_col,
     HAS_BIAS: tl.constexpr, MANY_DRAWS: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the column sums [BLOCK_M, BLOCK_N] of a draw; of many a program, add them up, each with its noise."""
@@ -98,17 +98,18 @@ def store_sums(
     _store_sum(own_ptr + WEIGHT_SUM * N, cols, sum_w, draw, MANY_DRAWS, N)
     if HAS_BIAS:
         _store_sum(own_ptr + BIAS_SUM * N, cols, sum_b, draw, MANY_DRAWS, N)
+    if MANY_DRAWS:
+        k0, k1 = load_key(seed)  # again: what of the noise of the rows could be kept would take registers from them
+        draw_of_noise = as_int64(first_draw + draw).to(tl.uint32)[None, None]
+        z = normals(k0, k1, draw_of_noise, first_col, SCALE_STREAM, TILE.BLOCK_N, MODE.FAST)
+        sum_s = sum_w * z.to(sum_w.dtype)
     if SLOTS == 4:
-        if MANY_DRAWS:
-            draw_of_noise = as_int64(first_draw + draw).to(tl.uint32)[None, None]
-            z = normals(k0, k1, draw_of_noise, first_col, SCALE_STREAM, TILE.BLOCK_N, MODE.FAST)
-            sum_s = sum_w * z.to(sum_w.dtype)
-            if HAS_BIAS:
-                z = normals(k0, k1, draw_of_noise, first_col, SHIFT_STREAM, TILE.BLOCK_N, MODE.FAST)
-                sum_t = sum_b * z.to(sum_b.dtype)
         _store_sum(own_ptr + SCALE_SUM * N, cols, tl.sum(sum_s, axis=0, keep_dims=True), draw, MANY_DRAWS, N)
-        if HAS_BIAS:
-            _store_sum(own_ptr + SHIFT_SUM * N, cols, tl.sum(sum_t, axis=0, keep_dims=True), draw, MANY_DRAWS, N)
+    if MANY_DRAWS and HAS_BIAS:
+        z = normals(k0, k1, draw_of_noise, first_col, SHIFT_STREAM, TILE.BLOCK_N, MODE.FAST)
+        sum_t = sum_b * z.to(sum_b.dtype)
+    if SLOTS == 4 and HAS_BIAS:
+        _store_sum(own_ptr + SHIFT_SUM * N, cols, tl.sum(sum_t, axis=0, keep_dims=True), draw, MANY_DRAWS, N)
     if MANY_DRAWS:
         tl.debug_barrier()  # the next draw reads these sums back
 

@@ -161,4 +161,4 @@ def sums_wide_kernel(
             if MODE.NOISE == "merged":
                 u, _ = merged_cotangent(xhat, dy, row, prepared_ptr, parameters, k0, k1, first_col, MODE, TILE)
             sums = add_sums(sums, xhat, dy, u, HAS_BIAS, MODE)
-        store_sums(partial_ptr, sums, k0, k1, draw, first_draw, first_col, HAS_BIAS, MANY_DRAWS, MODE, TILE)
+        store_sums(partial_ptr, sums, seed, draw, first_draw, first_col, HAS_BIAS, MANY_DRAWS, MODE, TILE)

@@ -464,7 +464,7 @@ def test_run_evaluates_targets(finished, monkeypatch):
     monkeypatch.setattr(targets, "TARGET_ELEMENTS", 24 * 16)
     verdicts = targets.evaluate(result)
     by_name = {v["target"]: v for v in verdicts}
-    wide = by_name["forward, eval/batch/sample, N=1024 to 8192: share of copy"]
+    wide = by_name["forward, eval/batch/sample, N=256 to 8192: share of copy"]
     assert wide["measured"] == pytest.approx(4 * 24 * 1024 / 0.25e-3 / 1e9 / 2000)
     assert (wide["met"], wide["at"]) == (False, "N=1024, batch")
     assert by_name["forward+backward, batch: time over native"]["measured"] == 1
