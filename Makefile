@@ -12,7 +12,7 @@ endif
 BENCHES := $(sort $(basename $(notdir $(shell grep -ls __main__ bench/*.py))) $(patsubst bench/%/__main__.py,%,$(wildcard bench/*/__main__.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench no-bench clean
+.PHONY: help demo test budget lint format bench no-bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -25,8 +25,11 @@ help: ## list the targets
 demo: $(INSTALLED) ## train a small model with KL-Norm and show what it learns
 	@$(RUN) klnorm.demo $(ARGS)
 
-test: $(INSTALLED) ## run the tests
-	@$(RUN) pytest $(ARGS)
+test: $(INSTALLED) ## run the tests, in a process per core
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n auto $(ARGS)
+
+budget: $(INSTALLED) ## compile every kernel for sm_90 and compare the code with its budget
+	@$(RUN) bench.inspect --check
 
 lint: $(INSTALLED) ## check format and style
 	@$(RUN) ruff format --check .

@@ -31,6 +31,16 @@ setup(
         "hf": HF,
         "lightning": LIGHTNING,
         "study": STUDY,
-        "test": [*STUDY, *LIGHTNING, "peft", "safetensors", "onnx", "onnxscript", "pytest>=8", "setuptools>=77"],
+        "test": [
+            *STUDY,
+            *LIGHTNING,
+            "peft",
+            "safetensors",
+            "onnx",
+            "onnxscript",
+            "pytest>=8",
+            "pytest-xdist",
+            "setuptools>=77",
+        ],
     },
 )

@@ -58,6 +58,23 @@ def _poisoned_and_deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _patched_once():
+    """Triton's interpreter patches its language anew for every call of a device function, longer than the call takes."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(fn):
+        modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        return patch(fn) if any(tl.core.is_builtin(module.load) for module in modules) else None
+
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(interpreter, "_patch_lang", patch_once)
+        yield
+
+
 @pytest.fixture
 def kernels_path(monkeypatch):
     """CPU tensors take the way of CUDA tensors, to the kernels."""

@@ -34,25 +34,27 @@ def kernel_philox(counter, key, rounds):
 
 @triton.jit
 def _normals_kernel(
-    seed_ptr, draw_ptr, out_ptr, n_cols, first_col,
-    STREAM: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+    seed_ptr, draw_ptr, out_ptr, n_draws, n_cols, first_col,
+    STREAM: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    col = tl.program_id(1) * BLOCK
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    col = tl.program_id(1) * BLOCK_N
     k0, k1 = load_key(seed_ptr)
-    draw = (tl.zeros((1, 1), tl.int64) + tl.load(draw_ptr + row)).to(tl.uint32)
-    z = normals(k0, k1, draw, first_col + col, STREAM, BLOCK, FAST)
-    cols = col + tl.arange(0, BLOCK)[None, :]
-    tl.store(out_ptr + row * n_cols + cols, z, cols < n_cols)
+    draw = tl.load(draw_ptr + row, row < n_draws).to(tl.uint32)
+    z = normals(k0, k1, draw, first_col + col, STREAM, BLOCK_N, FAST)
+    cols = col + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out_ptr + row * n_cols + cols, z, (row < n_draws) & (cols < n_cols))
 
 
 def kernel_normals(seed, draw, n_cols, stream, first_col=0):
     """The kernels' normals (D, n_cols) of `draw` (D,), int64, and of the features from `first_col` on."""
     out = torch.empty((len(draw), n_cols), device=seed.device)
-    block = 256 if seed.is_cuda else 1 << 16  # in the interpreter time is in the number of programs
+    tile = 256 if seed.is_cuda else 1 << 16  # in the interpreter time is in the number of programs
     if out.numel():
-        _normals_kernel[(len(draw), triton.cdiv(n_cols, block))](
-            seed, draw, out, n_cols, first_col, STREAM=stream, FAST=launch._fast(seed.device),
-            BLOCK=min(block, max(8, triton.next_power_of_2(n_cols))),
+        block_n = min(tile, max(8, triton.next_power_of_2(n_cols)))
+        block_m = min(tile // block_n, triton.next_power_of_2(len(draw)))
+        _normals_kernel[(triton.cdiv(len(draw), block_m), triton.cdiv(n_cols, block_n))](
+            seed, draw, out, len(draw), n_cols, first_col, STREAM=stream, FAST=launch._fast(seed.device),
+            BLOCK_M=block_m, BLOCK_N=block_n,
         )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ PRIOR_STD, EPS = 0.3, 1e-5
 MODES = "none", "batch", "sample", "token"
 
 
-@pytest.fixture(params=[(1, False), (3, True), (3, False), (1000, True)], ids=lambda p: f"{p[0]}sm-{p[1]}")
+@pytest.fixture(params=[(1, True), (3, False), (1000, True)], ids=lambda p: f"{p[0]}sm-{p[1]}")
 def programs(request, monkeypatch):
     """How many programs a backward has, few with several draws each or many of few rows; are parameters prepared?"""
     multiprocessors, prepared = request.param
@@ -334,8 +334,8 @@ def test_same_bits_twice(device, noise):
 
 @pytest.mark.parametrize("n", [33, 64, 1004])
 def test_a_row_does_not_depend_on_its_batch(device, n):
-    """One row alone and inside 10,000 (500 in the interpreter): the same bits, wherever it lies in memory."""
-    rows = 10_000 if n == 64 or device.type == "cuda" else 500
+    """One row alone and inside 10,000 (in the interpreter 1000 or 100): the same bits, wherever it lies in memory."""
+    rows = 10_000 if device.type == "cuda" else 1000 if n == 64 else 100
     problem = Problem(device, (rows,), n, "batch", dtype=torch.bfloat16)
     y, dx = problem.forward()[0], problem.backward()[0]
     whole_x, whole_dy = problem.x, problem.dy
