@@ -60,7 +60,7 @@ def _poisoned_and_deterministic():
 
 @pytest.fixture(scope="session", autouse=True)
 def _patched_once():
-    """The interpreter patches its language anew for every call of a device function, which takes longer than the call."""
+    """The interpreter patches its language for every call of a device function, which takes longer than the call."""
     from triton import language as tl
     from triton.runtime import interpreter
 
