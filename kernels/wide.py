@@ -80,18 +80,23 @@ def forward_wide_kernel(
 
 
 @triton.jit
-def _dxhat(
-    xhat, dy, row, prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col,
-    MODE: tl.constexpr, TILE: tl.constexpr,
+def _gradient_of_piece(
+    x_ptr, dy_ptr, statistics_ptr, prepared_ptr, parameters, k0, k1, x_stride, dy_stride, n_draws,
+    row, row_mask, draw, first_draw, first_col, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of xhat."""
-    ACC: tl.constexpr = xhat.dtype
-    scale, _ = load_affine(prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE, ACC)
+    """(xhat, dxhat, rstd) of BLOCK_N features."""
+    cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
+    xhat, dy, rstd = load_normalized(
+        x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, x_stride, dy_stride, MODE, TILE
+    )
+    scale, _ = load_affine(
+        prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE, xhat.dtype
+    )
     dxhat = dy * scale
     if MODE.NOISE == "merged":
         u, scale_var = merged_cotangent(xhat, dy, row, prepared_ptr, parameters, k0, k1, first_col, MODE, TILE)
         dxhat += u * (scale_var * xhat)
-    return dxhat
+    return xhat, dxhat, rstd
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -109,25 +114,19 @@ def dx_wide_kernel(
     along_one = tl.full((TILE.BLOCK_M, TILE.BLOCK_N), 0.0, ACC)
     along_xhat = along_one
     for first_col in range(0, TILE.N, TILE.BLOCK_N):
-        cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
-        xhat, dy, rstd = load_normalized(
-            x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, x_stride, dy_stride, MODE, TILE
-        )
-        dxhat = _dxhat(
-            xhat, dy, row, prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE
-        )
+        xhat, dxhat, _ = _gradient_of_piece(
+            x_ptr, dy_ptr, statistics_ptr, prepared_ptr, parameters, k0, k1, x_stride, dy_stride, n_draws,
+            row, row_mask, draw, first_draw, first_col, MODE, TILE,
+        )  # fmt: skip
         along_one += dxhat
         along_xhat += dxhat * xhat
     mean_one = tl.sum(along_one, axis=1, keep_dims=True) / TILE.N
     mean_xhat = tl.sum(along_xhat, axis=1, keep_dims=True) / TILE.N
     for first_col in range(0, TILE.N, TILE.BLOCK_N):
-        cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
-        xhat, dy, rstd = load_normalized(
-            x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, x_stride, dy_stride, MODE, TILE
-        )
-        dxhat = _dxhat(
-            xhat, dy, row, prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE
-        )
+        xhat, dxhat, rstd = _gradient_of_piece(
+            x_ptr, dy_ptr, statistics_ptr, prepared_ptr, parameters, k0, k1, x_stride, dy_stride, n_draws,
+            row, row_mask, draw, first_draw, first_col, MODE, TILE,
+        )  # fmt: skip
         store_dx(
             outputs, dsum_ptr, xhat, dxhat, rstd, mean_one * rstd, mean_xhat * rstd, row, row_mask, first_col,
             dsum_stride, MODE, TILE,
