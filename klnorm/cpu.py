@@ -6,7 +6,6 @@ that every draw's sample (draws, 1, N) broadcasts over its rows.
 """
 
 import torch
-import torch.nn.functional as F
 
 from .reference.kl_norm import (
     FLOOR,
@@ -16,6 +15,7 @@ from .reference.kl_norm import (
     kl_normal,
     reciprocal_root,
     row_mean,
+    softplus,
 )
 from .reference.noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
 from .spec import Parameters
@@ -135,12 +135,12 @@ def _affine_backward(g, xhat, posterior, noise):
         ds = (dw_by_draw * eps[SCALE_STREAM]).sum(0)
         dt = dt if b is None else (db_by_draw * eps[SHIFT_STREAM]).sum(0)
     elif noise.mode == "merged":
-        s = F.softplus(w_rho)
+        s = softplus(w_rho)
         variance = _merged_variance(xhat, w_rho, b_rho)
         u = g * _merged_normals(noise, xhat) * torch.where(variance > 0, variance.rsqrt(), 0)
         dxhat += u * s**2 * xhat
         ds = s * (u * xhat**2).sum((0, 1, 2))
-        dt = dt if b is None else F.softplus(b_rho) * u.sum((0, 1, 2))
+        dt = dt if b is None else softplus(b_rho) * u.sum((0, 1, 2))
     return dxhat.view(shape), (dw_by_draw.sum(0), ds, db_by_draw.sum(0), dt)
 
 
@@ -167,7 +167,7 @@ def _shared_normals(noise, w, b):
 
 def _sample(mean, rho, eps, stream):
     """Scale or shift (draws, 1, N) of every draw; the mean (N,) where no draw is shared."""
-    return mean if eps is None else (mean + F.softplus(rho) * eps[stream])[:, None]
+    return mean if eps is None else (mean + softplus(rho) * eps[stream])[:, None]
 
 
 def _merged_normals(noise, xhat):
@@ -178,8 +178,8 @@ def _merged_normals(noise, xhat):
 
 def _merged_variance(xhat, w_rho, b_rho):
     """Variance of gamma * xhat + beta where the element has a draw of its own."""
-    variance = F.softplus(w_rho) ** 2 * xhat**2
-    return variance if b_rho is None else variance + F.softplus(b_rho) ** 2
+    variance = softplus(w_rho) ** 2 * xhat**2
+    return variance if b_rho is None else variance + softplus(b_rho) ** 2
 
 
 def _parameter_gradients(posterior, prior_std, dw, ds, db, dt, dkl):
@@ -202,7 +202,7 @@ def _gaussian_gradients(mean, rho, prior, prior_std, dmean, dstd, dkl):
     """(dmean, drho) from the gradients of mean and deviation, and of the KL divergence."""
     drho = dstd * torch.sigmoid(rho)
     if dkl is not None:
-        s, slope = F.softplus(rho), torch.sigmoid(rho)
+        s, slope = softplus(rho), torch.sigmoid(rho)
         tiny = rho < TINY_RHO  # there 1/s ds/drho = 1, though s may underflow
         dmean = dmean + dkl * (mean - prior) / prior_std**2
         drho = drho + dkl * (s * slope / prior_std**2 - torch.where(tiny, 1, slope / torch.where(tiny, 1, s)))

@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from . import checks
 from .kl import kl_layers
-from .reference.kl_norm import kl_deterministic, kl_normal
+from .reference.kl_norm import kl_deterministic, kl_normal, softplus
 from .sharded import whole
 
 _MEANS = {"scale": "weight", "shift": "bias"}
@@ -212,7 +211,7 @@ def _features(name, layer, part):
         deviation, kl = weight.abs(), kl_deterministic(weight, mean, prior, layer.prior_std)
     else:
         mean, rho, prior = tensors
-        deviation, kl = F.softplus(rho), kl_normal(mean, rho, prior, layer.prior_std)
+        deviation, kl = softplus(rho), kl_normal(mean, rho, prior, layer.prior_std)
     return torch.stack([kl, deviation, (mean - prior).abs() / deviation.clamp_min(_TINY)])
 
 

@@ -39,14 +39,19 @@ def draw_layout(shape, n_normalized, noise, sample_dim):
     return leading[sample_dim], math.prod(leading[sample_dim + 1 :])
 
 
+def softplus(rho):
+    """The deviation log(1 + exp(rho)), to the last bit: above the threshold that is rho itself, in fp64 too."""
+    return F.softplus(rho, threshold=-TINY_RHO)
+
+
 def log_softplus(rho):
     """log(softplus(rho)), which is rho itself where softplus(rho) may underflow."""
-    return torch.where(rho < TINY_RHO, rho, F.softplus(rho.clamp(min=TINY_RHO)).log())
+    return torch.where(rho < TINY_RHO, rho, softplus(rho.clamp(min=TINY_RHO)).log())
 
 
 def kl_normal(mean, rho, prior_mean, prior_std):
     """KL(N(mean, softplus(rho)^2) || N(prior_mean, prior_std^2)), element by element, in nats."""
-    s, p = F.softplus(rho), prior_std
+    s, p = softplus(rho), prior_std
     return math.log(p) - log_softplus(rho) + (s**2 + (mean - prior_mean) ** 2) / (2 * p**2) - 0.5
 
 
@@ -119,7 +124,8 @@ def kl_layer_norm(
 
     row = torch.arange(len(rows), device=x.device)
     group = row // max(1, len(rows) // len(w))
-    w, b, s, t = (v if v is None else v[group] for v in (w, b, _softplus(w_rho), _softplus(b_rho)))
+    s, t = (rho if rho is None else softplus(rho) for rho in (w_rho, b_rho))
+    w, b, s, t = (v if v is None else v[group] for v in (w, b, s, t))
     if not sample or s is None:
         y = w * xhat
         y = y if b is None else y + b
@@ -133,10 +139,6 @@ def kl_layer_norm(
             y = y + b + t * normals(seed, every, n, SHIFT_STREAM).to(acc)[d]
     y = y.reshape(x.shape).to(x.dtype)
     return (y, kl) if residual is None else (y, z, kl)
-
-
-def _softplus(rho):
-    return None if rho is None else F.softplus(rho)
 
 
 def _merged(xhat, w, b, s, t, seed):

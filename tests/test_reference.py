@@ -1,0 +1,83 @@
+"""`klnorm.reference`: the functional forms' own arguments, any number of derivatives, deviations exact in their dtype."""
+
+import pytest
+import torch
+
+import klnorm
+from klnorm import functional, reference
+from klnorm.reference.kl_norm import softplus
+
+N = 8
+
+
+def softplus_by_hand(rho):
+    """Without a threshold, so exact to rounding wherever rho is."""
+    return rho.clamp(min=0) + torch.log1p(torch.exp(-rho.abs()))
+
+
+def tensors(names, dtype=torch.float64, rho=-1.0):
+    """Arguments of a functional form by name, as leaves."""
+    torch.manual_seed(0)
+    sizes = {"x": (3, 4, N)}
+    made = {name: torch.randn(sizes.get(name, (N,)), dtype=dtype) for name in names}
+    for name, tensor in made.items():
+        tensor.add_(rho if name.endswith("rho") else 0).requires_grad_()
+    return made
+
+
+FORMS = {
+    "kl_layer_norm": ("x", "weight", "bias", "weight_rho", "bias_rho"),
+    "kl_rms_norm": ("x", "weight", "weight_rho"),
+}
+
+
+@pytest.fixture(params=list(FORMS))
+def form(request):
+    """(name, its arguments)."""
+    return request.param, FORMS[request.param]
+
+
+# Deviations above softplus' threshold of 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_softplus_is_exact_in_its_dtype(dtype):
+    rho = torch.linspace(-60, 60, 481, dtype=dtype)
+    expected = softplus_by_hand(rho.double()).to(dtype)
+    # two roundings of numbers of this size; the threshold of 20 was off by 2e-9, a million times that of fp64
+    torch.testing.assert_close(softplus(rho), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
+@pytest.mark.parametrize("module", [functional, reference], ids=["functional", "reference"])
+def test_large_deviations_are_exact_in_fp64(module, noise):
+    """Around means of 0, y is proportional to a deviation that all features share."""
+    x, zero = torch.randn(3, 4, N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+
+    def call(rho):
+        return module.kl_layer_norm(
+            x, (N,), zero, zero, rho, rho, noise=noise, seed=torch.tensor([3]), weight_prior=0.0, prior_std=20.0
+        )
+
+    small, large = zero + 1, zero + 22  # softplus(22) is 22 + 2.8e-10, a million roundings away
+    large.requires_grad_()
+    (y, kl), unit = call(large), call(small)[0] / softplus_by_hand(small)
+    s = softplus_by_hand(large)
+    torch.testing.assert_close(y, unit * s, rtol=1e-13, atol=1e-13)
+    expected_kl = 2 * ((20 / s).log() + s**2 / 800 - 0.5).sum()
+    torch.testing.assert_close(kl, expected_kl, rtol=1e-13, atol=0)
+    dy = torch.randn_like(y)
+    (found,) = torch.autograd.grad((y, kl), large, (dy, kl.new_ones(())))
+    (right,) = torch.autograd.grad((unit * s * dy).sum() + expected_kl, large)
+    torch.testing.assert_close(found.sum(), right.sum(), rtol=1e-12, atol=0)
+
+
+def test_large_deviations_are_exact_in_what_a_layer_says_of_itself():
+    layer = klnorm.KLLayerNorm(N, prior_std=20.0, dtype=torch.float64)
+    with torch.no_grad():
+        for rho in layer.weight_rho, layer.bias_rho:
+            rho.fill_(22.0)
+    s = softplus_by_hand(layer.weight_rho.detach())
+    assert klnorm.summary(layer).total.scale.deviation == pytest.approx(s[0].item(), rel=1e-15)
+    expected = 2 * ((20 / s).log() + s**2 / 800 - 0.5).sum()
+    torch.testing.assert_close(layer.kl_divergence().detach(), expected, rtol=1e-13, atol=0)
