@@ -225,7 +225,7 @@ def describe_not_finite(named_tensors):
         bad = None if tensor is None else (~tensor.detach().isfinite()).flatten().nonzero()
         if bad is not None and len(bad):
             found.append(f"{name} has {len(bad)} such value(s), the first at index {bad[0].item()}")
-    return "; ".join(found) or "every parameter is finite, so a squared deviation or distance overflowed"
+    return "; ".join(found) or "every parameter and prior mean is finite, so a squared deviation or distance overflowed"
 
 
 def check_positive(name, value):

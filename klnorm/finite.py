@@ -74,12 +74,13 @@ _sent = weakref.WeakKeyDictionary()  # model -> _Copy
 def _explain(layers, found=""):
     with torch.no_grad():
         for name, layer in layers.items():
-            value = layer.kl_divergence().item()
+            value = layer.kl_divergence(check_finite=False).item()
             if not math.isfinite(value):
-                parameters = [(key, whole(p)) for key, p in layer.named_parameters(recurse=False)]
+                held = layer._held()._asdict() | dict(layer.named_parameters(recurse=False))
+                tensors = [(key, whole(tensor)) for key, tensor in held.items() if tensor is not None]
                 return (
                     f"{found}the KL divergence of layer {_shown(name)} is {value}: "
-                    f"{checks.describe_not_finite(parameters)}. {_REMEDY}"
+                    f"{checks.describe_not_finite(tensors)}. {_REMEDY}"
                 )
     return (
         f"{found}the sum of the layers' finite KL divergences overflows. "

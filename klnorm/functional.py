@@ -117,7 +117,7 @@ def kl_layer_norm(
     shape = checks.as_shape(normalized_shape)
     settings = _settings(shape, "layer", posterior, noise, sample_dim, prior_std, eps, *values)
     y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
-    _check_finite(kl, weight=weight, bias=bias, weight_rho=weight_rho, bias_rho=bias_rho)
+    _check_finite(kl, parameters)
     return (y, kl) if residual is None else (y, sum_, kl)
 
 
@@ -165,7 +165,7 @@ def kl_rms_norm(
     shape = checks.as_shape(normalized_shape)
     settings = _settings(shape, "rms", posterior, noise, sample_dim, prior_std, eps, *values)
     y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
-    _check_finite(kl, weight=weight, weight_rho=weight_rho)
+    _check_finite(kl, parameters)
     return (y, kl) if residual is None else (y, sum_, kl)
 
 
@@ -274,10 +274,10 @@ def _priors(*priors):
     return tensors, [0.0 if isinstance(prior, torch.Tensor) else prior for prior in priors]
 
 
-def _check_finite(kl, **parameters):
+def _check_finite(kl, parameters):
     """Raise for a KL divergence that is not finite, where looking at it costs nothing."""
     if kl.device.type == "cpu" and checks.is_readable(kl) and not kl.detach().isfinite().all():
         raise ValueError(
-            f"the KL divergence is {kl.tolist()}: {checks.describe_not_finite(parameters.items())}. "
+            f"the KL divergence is {kl.tolist()}: {checks.describe_not_finite(parameters._asdict().items())}. "
             "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
         )

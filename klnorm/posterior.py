@@ -190,9 +190,9 @@ class KLNorm(nn.Module):
         """The tensors held that the KL is a function of, None for what there is not."""
         return self._held()
 
-    def kl_divergence(self):
-        """KL divergence of this layer's posterior from its prior, a scalar in nats; see `klnorm.kl_divergence`."""
-        return kl_divergence(self, check_finite=False)
+    def kl_divergence(self, *, check_finite=None):
+        """`klnorm.kl_divergence` of this layer: a scalar in nats; raises as that does where it is not finite."""
+        return kl_divergence(self, check_finite=check_finite)
 
     def _take_kl(self):
         """The KL tensor of the last forward, see `LastKL.take`; None where that is not at hand."""

@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence as divergence_of
 from torch.utils.checkpoint import checkpoint
 
 import klnorm
-from klnorm import KLLayerNorm, kl_divergence, kl_layers
+from klnorm import KLLayerNorm, functional, kl_divergence, kl_layers
 
 N = 6
 RHO_OF_ONE = math.log(math.e - 1)  # softplus of it is 1
@@ -202,10 +202,10 @@ def test_deviations_of_every_size(device, attached, rho):
 # Not finite
 
 
-@pytest.mark.parametrize("parameter", ["weight", "bias", "weight_rho", "bias_rho"])
+@pytest.mark.parametrize("parameter", ["weight", "bias", "weight_rho", "bias_rho", "weight_prior", "bias_prior"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("forward", [False, True])
-def test_a_parameter_that_is_not_finite_is_named_with_its_layer(device, forward, value, parameter):
+def test_a_tensor_that_is_not_finite_is_named_with_its_layer(device, forward, value, parameter):
     model = nn.Sequential(KLLayerNorm(N), nn.ModuleDict({"norm": KLLayerNorm(N)})).to(device)
     layer = model[1]["norm"]
     with torch.no_grad():
@@ -213,18 +213,34 @@ def test_a_parameter_that_is_not_finite_is_named_with_its_layer(device, forward,
     y = layer(torch.randn(2, N, device=device)) if forward else None
     with pytest.raises(ValueError, match=rf"layer '1\.norm' is (nan|inf): {parameter} has 1 .* index 3.*Remedy"):
         kl_divergence(model)
-    with pytest.raises(ValueError, match=r"layer '\(the model itself\)'"):
-        kl_divergence(layer)
+    for kl_of_layer in layer.kl_divergence, lambda **options: kl_divergence(layer, **options):
+        with pytest.raises(ValueError, match=rf"layer '\(the model itself\)' is (nan|inf): {parameter} has 1"):
+            kl_of_layer()
+        assert not kl_of_layer(check_finite=False).isfinite()
     assert not kl_divergence(model, check_finite=False).isfinite()
     assert math.isfinite(kl_divergence(model[0]).item())
     assert y is None or y.requires_grad
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_prior_that_is_not_finite_is_named_by_the_functional_forms(value):
+    x, scale, prior = torch.randn(2, N), torch.ones(N), torch.zeros(N)
+    prior[3] = value
+    explained = r"divergence is (nan|inf): {} has 1 such value\(s\), the first at index 3"
+    for name in "weight_prior", "bias_prior":
+        with pytest.raises(ValueError, match=explained.format(name)):
+            functional.kl_layer_norm(x, N, scale, scale, scale, scale, **{name: prior})
+    with pytest.raises(ValueError, match=explained.format("weight_prior")):
+        functional.kl_rms_norm(x, N, scale, scale, weight_prior=prior)
 
 
 def test_overflow_of_finite_parameters_is_explained(device):
     layer = KLLayerNorm(N, device=device)
     with torch.no_grad():
         layer.weight_rho.fill_(1e30)
-    with pytest.raises(ValueError, match="every parameter is finite, so a squared deviation or distance overflowed"):
+    with pytest.raises(
+        ValueError, match="every parameter and prior mean is finite, so a squared deviation or distance overflowed"
+    ):
         kl_divergence(layer)
 
 

@@ -1,4 +1,4 @@
-"""`klnorm.reference`: the functional forms' own arguments, any number of derivatives, deviations exact in their dtype."""
+"""`klnorm.reference`: the functional forms' arguments, any number of derivatives, exact deviations."""
 
 import pytest
 import torch
