@@ -27,7 +27,7 @@ def plot_summary(source, path=None):
         matplotlib.figure.Figure, which a notebook shows. It is not known to pyplot, so there is nothing to close.
 
     Raises:
-        TypeError: `source` is neither.
+        TypeError: `source` is neither, or `path` is no path.
         ValueError: `path` has an ending that matplotlib cannot write, or as `klnorm.summary`.
         ImportError: matplotlib is not installed.
 
@@ -45,7 +45,7 @@ def plot_summary(source, path=None):
     rows = list(numbers.layers.values())
     height = 1.6 + 0.22 * min(max(len(rows), _FEWEST_ROWS), _MOST_LABELS)
     figure = Figure(figsize=(13, height), layout="constrained")
-    _check_ending(path, figure.canvas.get_supported_filetypes())
+    _check_path(path, figure.canvas.get_supported_filetypes())
     kl, snr, fallen_back = figure.subplots(1, 3, sharey=True)
     _stacked_bars(kl, rows)
     _paired_bars(snr, rows, "snr", 1)
@@ -76,9 +76,15 @@ def _as_summary(source):
     return summary(source)
 
 
-def _check_ending(path, supported):
-    ending = None if path is None else os.path.splitext(path)[1][1:].lower()
-    if ending is not None and ending not in supported:
+def _check_path(path, supported):
+    if path is None:
+        return
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"path is a {type(path).__name__}, expected a str, a pathlib.Path or None. "
+            "Remedy: 'summary.png', or plot_summary(model).savefig(file) for an open file."
+        )
+    if os.path.splitext(path)[1][1:].lower() not in supported:
         raise ValueError(
             f"path is {os.fspath(path)!r}, expected one that ends in .{', .'.join(sorted(supported))}: "
             "the ending chooses the format. Remedy: 'summary.png'."

@@ -1,5 +1,6 @@
 """`klnorm.plot_summary`, its artists read back."""
 
+import io
 import sys
 from xml.etree import ElementTree
 
@@ -133,6 +134,16 @@ def test_pyplot_does_not_know_the_figure():
     assert pyplot.get_fignums() == before
 
 
+def test_the_remedies(tmp_path):
+    """What the errors of `test_errors` advise, done."""
+    model, file = model_of(["a"]), io.BytesIO()
+    plot_summary(model, tmp_path / "summary.png")
+    plot_summary(model).savefig(file)
+    assert (tmp_path / "summary.png").stat().st_size > 1000
+    assert len(file.getvalue()) > 1000
+    assert len(plot_summary(summary(model)).axes) == 3
+
+
 def test_errors(tmp_path, monkeypatch):
     model = model_of(["a"])
     with pytest.raises(TypeError, match=r"source is a dict, expected what klnorm\.summary returned.*Remedy"):
@@ -140,6 +151,10 @@ def test_errors(tmp_path, monkeypatch):
     for name in "s.xyz", "s":
         with pytest.raises(ValueError, match=rf"path is '.*{name}', expected one that ends in .*\.png.*\.svg.*Remedy"):
             plot_summary(model, tmp_path / name)
+    for path in 3, True, b"s.png", [tmp_path / "s.png"], io.BytesIO():
+        came = type(path).__name__
+        with pytest.raises(TypeError, match=rf"path is a {came}, expected a str, a pathlib\.Path or None\. Remedy"):
+            plot_summary(model, path)
     with pytest.raises(ValueError, match="no KL layer"):
         plot_summary(nn.LayerNorm(4))
     assert list(tmp_path.iterdir()) == []
