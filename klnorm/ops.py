@@ -206,7 +206,8 @@ class TransformableFunction(OperatorFunction):
     def jvp(*_):
         raise RuntimeError(
             "klnorm has no forward-mode derivatives, which torch.func.jvp, jacfwd and hessian take. "
-            "Remedy: torch.func.vjp or jacrev, or klnorm.reference.kl_layer_norm there."
+            "Remedy: torch.func.vjp or jacrev, or there klnorm.reference.kl_layer_norm or "
+            "klnorm.reference.kl_rms_norm, with the same arguments and a seed."
         )
 
 
@@ -268,7 +269,8 @@ class _GradientsOnce(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError(
             "klnorm has no second derivatives: a backward of the backward (create_graph=True) went through it. "
-            "Remedy: use klnorm.reference.kl_layer_norm there, which autograd differentiates any number of times."
+            "Remedy: klnorm.reference.kl_layer_norm or klnorm.reference.kl_rms_norm there, with the same arguments: "
+            "autograd differentiates them any number of times."
         )
 
     @staticmethod

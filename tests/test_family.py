@@ -48,9 +48,7 @@ def test_rms_agrees_with_the_reference(device, noise, with_residual):
     inputs = [x, weight, rho, *([residual] if with_residual else [])]
     options = {"noise": noise, "seed": seed(device), "residual": residual if with_residual else None, "eps": 1e-3}
     outputs = kl_rms_norm(x, N, weight, rho, weight_prior=prior, **options)
-    expected = reference.kl_layer_norm(
-        x, (N,), weight, None, rho, None, weight_prior=prior.detach(), rms=True, **options
-    )
+    expected = reference.kl_rms_norm(x, N, weight, rho, weight_prior=prior.detach(), **options)
     assert len(outputs) == (3 if with_residual else 2)
     assert_all_close(outputs, expected, device)
     assert_all_close(gradients(outputs, inputs), gradients(expected, inputs), device)

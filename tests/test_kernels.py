@@ -121,11 +121,15 @@ class Problem:
             for prior, value in zip(self.prior_tensors, self.prior_values, strict=True)
         )
         weight, bias, weight_rho, bias_rho = parameters
-        y, kl = reference.kl_layer_norm(
-            z, (self.n,), weight, bias, weight_rho, bias_rho, weight_prior=weight_prior, bias_prior=bias_prior,
-            prior_std=PRIOR_STD, eps=EPS, noise="batch" if self.noise == "none" else self.noise,
-            sample_dim=self.sample_dim, sample=self.sampled, seed=self.seed, rms=self.rms,
-        )  # fmt: skip
+        options = {
+            "weight_prior": weight_prior, "prior_std": PRIOR_STD, "eps": EPS, "sample_dim": self.sample_dim,
+            "noise": "batch" if self.noise == "none" else self.noise, "sample": self.sampled, "seed": self.seed,
+        }  # fmt: skip
+        if self.rms:
+            y, kl = reference.kl_rms_norm(z, self.n, weight, weight_rho, **options)
+        else:
+            posterior = weight, bias, weight_rho, bias_rho
+            y, kl = reference.kl_layer_norm(z, self.n, *posterior, bias_prior=bias_prior, **options)
         wanted = [t for t in (z, *parameters) if t is not None]
         gradients = iter(torch.autograd.grad([y, kl], wanted, [self.dy.cpu().to(dtype), self.dkl.cpu().to(kl.dtype)]))
         dz, *rest = (None if t is None else next(gradients) for t in (z, *parameters))

@@ -1,13 +1,18 @@
 """`klnorm.reference`: the functional forms' arguments, any number of derivatives, exact deviations."""
 
+import inspect
+
 import pytest
 import torch
+from torch.autograd import gradgradcheck
 
 import klnorm
 from klnorm import functional, reference
 from klnorm.reference.kl_norm import softplus
 
 N = 8
+# torch's own warning
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 def softplus_by_hand(rho):
@@ -35,6 +40,86 @@ FORMS = {
 def form(request):
     """(name, its arguments)."""
     return request.param, FORMS[request.param]
+
+
+def call(module, form, given, **options):
+    """(y, kl) or (y, sum, kl) of a form, with the shape as an int and a seed that is torch's own."""
+    name, arguments = form
+    torch.manual_seed(4)
+    x, *parameters = (given[argument] for argument in arguments)
+    return getattr(module, name)(x, N, *parameters, **options)
+
+
+# The arguments of the functional forms
+
+
+def test_the_signatures_are_those_of_the_functional_forms(form):
+    found, expected = (inspect.signature(getattr(module, form[0])) for module in (reference, functional))
+    assert found == expected
+
+
+OPTIONS = {
+    "none": {},
+    "token": {"noise": "token", "prior_std": 0.7, "weight_prior": torch.randn(N, dtype=torch.float64)},
+    "second dimension": {"sample_dim": 1, "residual": torch.randn(3, 4, N, dtype=torch.float64), "eps": 0.1},
+    "batch": {"noise": "batch", "generator": 5},
+    "means": {"sample": False},
+    "deterministic": {"posterior": "deterministic", "prior_std": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_results_are_those_of_the_functional_forms(form, options):
+    options = dict(OPTIONS[options])
+    given = tensors(form[1])
+    if "posterior" in options:
+        given |= {name: None for name in given if name.endswith("rho")}
+    results = []
+    for module in reference, functional:
+        if "generator" in options:
+            options["generator"] = torch.Generator().manual_seed(5)
+        results.append(call(module, form, given, **options))
+    assert len(results[0]) == len(results[1])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# More derivatives than the functional forms have: what their errors advise
+
+
+@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
+def test_the_remedy_for_second_derivatives(form, noise):
+    given = tensors(form[1])
+    (dx,) = torch.autograd.grad(call(functional, form, given, noise=noise)[0].sum(), given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"no second derivatives.*Remedy: .*klnorm\.reference\.{form[0]}"):
+        dx.square().sum().backward()
+
+    def function(*inputs):
+        return call(reference, form, dict(zip(form[1], inputs, strict=True)), noise=noise)
+
+    assert gradgradcheck(function, tuple(given.values()))
+
+
+def test_the_remedies_for_forward_mode_derivatives(form):
+    given = {name: tensor.detach() for name, tensor in tensors(form[1]).items()}
+    x, tangent = given["x"], torch.randn_like(given["x"])
+
+    def of_x(module):
+        return lambda x: call(module, form, {**given, "x": x})[0]
+
+    with pytest.raises(RuntimeError, match=rf"forward-mode derivatives.*Remedy: .*klnorm\.reference\.{form[0]}"):
+        torch.func.jvp(of_x(functional), (x,), (tangent,))
+    y, dy = torch.func.jvp(of_x(reference), (x,), (tangent,))
+    _, pull = torch.func.vjp(of_x(functional), x)
+    v = torch.randn_like(y)
+    torch.testing.assert_close((v * dy).sum(), (pull(v)[0] * tangent).sum(), rtol=1e-10, atol=0)
+    jacobian = torch.func.jacrev(of_x(functional), chunk_size=1)(x)
+    torch.testing.assert_close(torch.einsum("abcdef,def->abc", jacobian, tangent), dy, rtol=1e-10, atol=1e-12)
+
+    seed = torch.tensor([7])
+    hessian = torch.func.hessian(lambda x: call(reference, form, {**given, "x": x}, seed=seed)[0].square().sum())(x)
+    torch.testing.assert_close(hessian, hessian.permute(3, 4, 5, 0, 1, 2), rtol=1e-10, atol=1e-10)
+    assert hessian.abs().max() > 0.1
 
 
 # Deviations above softplus' threshold of 20

@@ -7,6 +7,7 @@ Deterministic reading, without rho: y_j itself is taken for N(bias_j, weight_j^2
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -93,52 +94,88 @@ def kl_layer_norm(
     sample_dim=0,
     sample=True,
     seed=None,
+    generator=None,
+    posterior="sampled",
     residual=None,
-    rms=False,
 ):
-    """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same (y, kl), nothing checked.
+    """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same results, nothing checked.
 
-    And of `kl_rms_norm`, with rms=True and without bias; and of `residual`: (y, sum, kl). Parameters may be (G,
-    *normalized_shape): row r of M then has those of group r // (M / G), and kl is (G,).
+    A seed of None is drawn from torch's generator or `generator`, on the CPU the one that is drawn there.
     """
-    draws, inner = draw_layout(x.shape, len(normalized_shape), noise, sample_dim)
-    acc = accumulation_dtype(x)
-    n = math.prod(normalized_shape)
-    w, b, w_rho, b_rho, w_prior, b_prior = (
-        v.reshape(-1, n).to(acc) if torch.is_tensor(v) else v
-        for v in (weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
-    )
+    parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
+    draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
+    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, row_mean)
 
-    if weight_rho is None:
-        kl = kl_deterministic(w, torch.zeros_like(w) if b is None else b, b_prior, prior_std).sum(1)
-    else:
-        kl = kl_normal(w, w_rho, w_prior, prior_std).sum(1)
-        if b is not None:
-            kl = kl + kl_normal(b, b_rho, b_prior, prior_std).sum(1)
-    kl = kl if weight.dim() > len(normalized_shape) else kl[0]
+
+def kl_rms_norm(
+    x,
+    normalized_shape,
+    weight,
+    weight_rho,
+    *,
+    weight_prior=1.0,
+    prior_std=0.1,
+    eps=None,
+    noise="sample",
+    sample_dim=0,
+    sample=True,
+    seed=None,
+    generator=None,
+    posterior="sampled",
+    residual=None,
+):
+    """The specification of `klnorm.functional.kl_rms_norm`, likewise."""
+    parameters = weight, None, weight_rho, None, weight_prior, 0.0
+    draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
+    eps = torch.finfo(accumulation_dtype(x)).eps if eps is None else eps
+    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, lambda rows: 0.0)
+
+
+def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, centre):
+    """(y, kl), or (y, sum, kl) with a residual; `centre`: what is taken off the rows (M, N).
+
+    Parameters may be (G, *normalized_shape): row r of M then has those of group r // (M / G), and kl is (G,).
+    """
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
+    acc, n = accumulation_dtype(x), math.prod(shape)
+    has_groups = parameters[0].dim() > len(shape)
+    parameters = [v.reshape(-1, n).to(acc) if torch.is_tensor(v) else v for v in parameters]
+    kl = _kl(*parameters, prior_std)
 
     z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype)
     rows = z.reshape(-1, n).to(acc)
-    centred = rows if rms else rows - row_mean(rows)
+    centred = rows - centre(rows)
     xhat = centred * reciprocal_root((centred**2).mean(1, keepdim=True) + eps)
 
-    row = torch.arange(len(rows), device=x.device)
-    group = row // max(1, len(rows) // len(w))
-    s, t = (rho if rho is None else softplus(rho) for rho in (w_rho, b_rho))
-    w, b, s, t = (v if v is None else v[group] for v in (w, b, s, t))
-    if not sample or s is None:
-        y = w * xhat
-        y = y if b is None else y + b
-    elif draws == len(rows):
-        y = _merged(xhat, w, b, s, t, seed)
-    else:
-        d = row // inner % draws
-        every = torch.arange(draws, device=x.device)
-        y = (w + s * normals(seed, every, n, SCALE_STREAM).to(acc)[d]) * xhat
-        if b is not None:
-            y = y + b + t * normals(seed, every, n, SHIFT_STREAM).to(acc)[d]
-    y = y.reshape(x.shape).to(x.dtype)
+    group = torch.arange(len(rows), device=x.device) // max(1, len(rows) // len(parameters[0]))
+    w, b, w_rho, b_rho = (v if v is None else v[group] for v in parameters[:4])
+    y = _affine(xhat, w, b, w_rho, b_rho, x.shape, len(shape), *draw).reshape(x.shape).to(x.dtype)
+    kl = kl if has_groups else kl[0]
     return (y, kl) if residual is None else (y, z, kl)
+
+
+def _kl(w, b, w_rho, b_rho, w_prior, b_prior, prior_std):
+    """KL divergence (G,) of parameters (G, N)."""
+    if w_rho is None:
+        return kl_deterministic(w, torch.zeros_like(w) if b is None else b, b_prior, prior_std).sum(1)
+    kl = kl_normal(w, w_rho, w_prior, prior_std).sum(1)
+    return kl if b is None else kl + kl_normal(b, b_rho, b_prior, prior_std).sum(1)
+
+
+def _affine(xhat, w, b, w_rho, b_rho, x_shape, n_normalized, noise, sample_dim, sample, seed, generator):
+    """y (M, N) of the parameters (M, N) of every row."""
+    if not sample:
+        return w * xhat if b is None else w * xhat + b
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=xhat.device, generator=generator)
+    s, t = (rho if rho is None else softplus(rho) for rho in (w_rho, b_rho))
+    draws, inner = draw_layout(x_shape, n_normalized, noise, sample_dim)
+    if draws == len(xhat):
+        return _merged(xhat, w, b, s, t, seed)
+    n, d = xhat.shape[1], torch.arange(len(xhat), device=xhat.device) // inner % draws
+    every = torch.arange(draws, device=xhat.device)
+    y = (w + s * normals(seed, every, n, SCALE_STREAM).to(xhat)[d]) * xhat
+    return y if b is None else y + b + t * normals(seed, every, n, SHIFT_STREAM).to(xhat)[d]
 
 
 def _merged(xhat, w, b, s, t, seed):
