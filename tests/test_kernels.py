@@ -70,7 +70,7 @@ class Problem:
         if not bias or rms:
             means[1] = rhos[1] = prior_tensors[1] = None
         self.parameters = [means[0], means[1], rhos[0], rhos[1]]
-        self.prior_tensors, self.prior_values = prior_tensors, (0.9, -0.1)
+        self.prior_tensors, self.prior_values = prior_tensors, (0.9, 0.0 if rms else -0.1)
         self.noise, self.sample_dim, self.n = noise, sample_dim, n
         self.residual = self.dsum = None
         if residual is not None:
