@@ -149,7 +149,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         alone = x.dim() == len(self.normalized_shape)
         samples = (x.unsqueeze(0) if alone else x).movedim(dim, 0)
         _check_samples(samples, x)
-        sampling, compiling = self.training or self._sampling, torch.compiler.is_compiling()
+        sampling, compiling = self.training or bool(self._sampling), torch.compiler.is_compiling()
         if sampling and not compiling:
             self._last_kl.forget()
         with _without_autocast(x.device.type):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from . import checks
+from .blocks import Meanwhile, Switch
 from .posterior import KLNorm
 
 
@@ -17,6 +18,10 @@ def sampling(model):
     Dropout and the like stay in evaluation mode, so what varies from call to call is the posteriors alone. The
     shortcuts of nn.TransformerEncoder and nn.TransformerEncoderLayer, which would not call the layers, are off
     meanwhile.
+
+    It is the model that samples, not the block: while one is open every call samples, those of other threads too. Blocks
+    for one model, or for parts of it, may overlap in threads, generators and coroutines; what a layer does in
+    evaluation mode is back when the last block for it ends. Copies and pickles made inside of a block do not sample.
 
     Args:
         model: any nn.Module.
@@ -35,25 +40,39 @@ def sampling(model):
         False
     """
     checks.check_module(model)
-    layers = [module for module in model.modules() if isinstance(module, KLNorm) and module.posterior == "sampled"]
-    if not layers:
+    if not any(map(_can_sample, model.modules())):
         raise ValueError(
             'model has no KL layer with posterior="sampled", expected at least one: nothing would be sampled. '
             "Remedy: klnorm.replace_layer_norm(model) or klnorm.replace_rms_norm(model) first."
         )
-    nested = [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
-    before = [layer._sampling for layer in layers]
-    try:
-        for layer in layers:
-            layer._set_sampling(True)
-        for encoder in nested:
-            encoder.use_nested_tensor = False  # nested tensors go with nn.TransformerEncoder's shortcut
+    with _DENSE.on(model), _SAMPLING.on(model):
         yield model
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._set_sampling(value)
-        for encoder in nested:
-            encoder.use_nested_tensor = True
+
+
+def _can_sample(module):
+    return isinstance(module, KLNorm) and module.posterior == "sampled"
+
+
+def _end_sampling(module):
+    if isinstance(module, KLNorm):  # not restored meanwhile
+        module._set_sampling(False)
+
+
+def _train(module):
+    if isinstance(module, KLNorm):
+        module.train()
+    else:
+        module.training = True  # alone: train() would reach modules that were left in evaluation mode
+
+
+_SAMPLING = Switch(_can_sample, lambda layer: layer._set_sampling(Meanwhile(True)), _end_sampling)
+# Nested tensors go with nn.TransformerEncoder's shortcut.
+_DENSE = Switch(
+    lambda module: getattr(module, "use_nested_tensor", False),
+    lambda encoder: setattr(encoder, "use_nested_tensor", Meanwhile(False)),
+    lambda encoder: setattr(encoder, "use_nested_tensor", True),
+)
+_EVALUATION = Switch(lambda module: module.training, lambda module: module.training and module.eval(), _train)
 
 
 class Prediction(NamedTuple):
@@ -98,7 +117,7 @@ def mc_predict(model, inputs, samples=8):
     checks.check_module(model)
     checks.check_count("samples", samples)
     mean = entropy_of_draws = 0
-    with _evaluating(model), sampling(model):
+    with _EVALUATION.on(model), sampling(model):
         for _ in range(samples):
             p = _probabilities(model, inputs)
             mean = mean + p / samples
@@ -121,17 +140,3 @@ def _probabilities(model, inputs):
             "an object that holds one as .logits. Remedy: wrap the model in a module that returns its logits."
         )
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-
-
-@contextlib.contextmanager
-def _evaluating(model):
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            if isinstance(module, KLNorm):
-                module.train()
-            else:
-                module.training = True  # alone: train() would reach modules that were left in evaluation mode

@@ -1,7 +1,12 @@
 """`klnorm.sampling` and `klnorm.mc_predict`."""
 
+import contextlib
 import copy
+import itertools
 import math
+import pickle
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +31,21 @@ def encoder(**options):
     options = {"batch_first": True, "dropout": 0.5, "activation": "gelu", **options}
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(N, 2, 16, **options), 2, nn.LayerNorm(N))
     return replace_layer_norm(model, init_std=0.3).eval()
+
+
+def hooks_of(model):
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+@contextlib.contextmanager
+def many_switches():
+    """Between threads."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def flags(model):
@@ -65,6 +85,103 @@ def test_nests_and_ends_with_an_error():
             raise KeyError
         assert not torch.equal(model(x), model(x))
     assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+def test_blocks_may_end_in_any_order(order):
+    model, x = encoder(), torch.randn(3, 5, N)
+    parts = {"a": model, "b": model.layers[0], "c": model}
+    blocks = {name: sampling(part) for name, part in parts.items()}
+    for block in blocks.values():
+        block.__enter__()
+    for i, name in enumerate(order):
+        assert bool(model.use_nested_tensor) == (order[i:] == ("b",))
+        assert not torch.equal(model(x), model(x))
+        blocks[name].__exit__(None, None, None)
+    assert torch.equal(model(x), model(x))
+    assert model.use_nested_tensor is True
+    assert hooks_of(model) == 0
+
+
+def test_a_generator_that_is_closed_late_ends_its_block_alone():
+    model = classifier().eval()
+    x = torch.randn(5, 4)
+
+    def draws():
+        with sampling(model):
+            while True:
+                yield model(x)
+
+    one, two = draws(), draws()
+    assert not torch.equal(next(one), next(two))
+    one.close()
+    assert not torch.equal(model(x), next(two))
+    del two  # closed by the garbage collector
+    assert torch.equal(model(x), model(x))
+
+
+def test_threads_that_sample_one_model():
+    model, x = encoder(), torch.randn(3, 5, N)
+    mean, start, wrong = model(x).detach(), threading.Barrier(8), []
+
+    def use(number):
+        start.wait()
+        for i in range(20):
+            with contextlib.suppress(KeyError), sampling(model.layers[number % 2] if i % 3 else model):
+                if torch.equal(model(x), mean):
+                    wrong.append((number, i))
+                if i % 4 == number % 4:
+                    raise KeyError
+
+    with many_switches():
+        threads = [threading.Thread(target=use, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert torch.equal(model(x), mean)
+    assert model.use_nested_tensor is True
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_of_a_block_does_not_sample(copy_of):
+    model, x = encoder(), torch.randn(3, 5, N)
+    mean = model(x)
+    with sampling(model):
+        copied = copy_of(model)
+        assert torch.equal(copied(x), mean)
+        with sampling(copied):
+            assert not torch.equal(copied(x), copied(x))
+        assert torch.equal(copied(x), mean)
+        assert not torch.equal(model(x), model(x))
+    assert torch.equal(copied(x), mean)
+    assert copied.use_nested_tensor is True
+    assert hooks_of(copied) == 0
+
+
+def test_norms_may_be_restored_inside_of_a_block():
+    model, x = classifier().eval(), torch.randn(5, 4)
+    mean = model(x)
+    with sampling(model):
+        restore_layer_norm(model)
+        assert torch.equal(model(x), mean)
+    assert torch.equal(replace_layer_norm(model)(x), mean)
+
+
+def test_a_compiled_model_samples_inside_of_a_block_alone(fresh_dynamo):
+    model, x = classifier().eval(), torch.randn(5, 4)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    mean = compiled(x)
+    for _ in range(2):
+        with sampling(model):
+            torch.manual_seed(1)
+            found = compiled(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(found, model(x))
+        assert torch.equal(compiled(x), mean)
 
 
 def test_part_of_a_model_can_be_sampled():
@@ -138,16 +255,15 @@ def test_the_guard_of_the_shortcut_comes_and_goes_with_sampling(copied):
     model = encoder()
     if copied:
         model = copy.deepcopy(model.train()).eval()
-    hooks = lambda: sum(len(module._forward_pre_hooks) for module in model.modules())  # noqa: E731
-    assert hooks() == 0
+    assert hooks_of(model) == 0
     model.train()
-    assert hooks() == 5
+    assert hooks_of(model) == 5
     with sampling(model):
         model.eval()
-        assert hooks() == 5
-    assert hooks() == 0
+        assert hooks_of(model) == 5
+    assert hooks_of(model) == 0
     restore_layer_norm(model.train())
-    assert hooks() == 0
+    assert hooks_of(model) == 0
 
 
 # mc_predict
@@ -197,6 +313,30 @@ def test_equals_the_average_over_calls_in_sampling():
     assert (expected > 1e-3).all()
     torch.testing.assert_close(prediction.mutual_information.double(), expected, rtol=1e-4, atol=1e-6)
     assert not prediction.probabilities.requires_grad
+
+
+def test_predictions_of_threads_may_overlap():
+    """The model, in training mode before, stays in evaluation mode until the last one ends."""
+    model, x = classifier(), torch.randn(6, 4)
+    model[1].eval()
+    before, seen, started, finish = flags(model), [], threading.Event(), threading.Event()
+
+    def look(dropout, args):
+        seen.append(dropout.training)
+        if threading.current_thread() is slow:
+            started.set()
+            finish.wait(60)
+
+    model[2].register_forward_pre_hook(look)
+    slow = threading.Thread(target=mc_predict, args=(model, x), kwargs={"samples": 3})
+    slow.start()
+    started.wait(60)
+    mc_predict(model, x, samples=2)
+    finish.set()
+    slow.join()
+    assert seen == [False] * 5
+    assert flags(model) == before
+    assert torch.equal(model[1](torch.ones(1, N)), model[1](torch.ones(1, N)))
 
 
 def test_one_draw_has_no_mutual_information():
