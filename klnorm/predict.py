@@ -19,9 +19,9 @@ def sampling(model):
     shortcuts of nn.TransformerEncoder and nn.TransformerEncoderLayer, which would not call the layers, are off
     meanwhile.
 
-    It is the model that samples, not the block: while one is open every call samples, those of other threads too. Blocks
-    for one model, or for parts of it, may overlap in threads, generators and coroutines; what a layer does in
-    evaluation mode is back when the last block for it ends. Copies and pickles made inside of a block do not sample.
+    It is the model that samples, not the block: while one is open every call samples, those of other threads too.
+    Blocks for one model, or for parts of it, may overlap in threads, generators and coroutines; a layer is as before
+    when the last block for it ends. Copies and pickles made inside of a block do not sample.
 
     Args:
         model: any nn.Module.
