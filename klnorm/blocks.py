@@ -6,7 +6,7 @@ import weakref
 
 # One for all, as blocks change the same modules. Reentrant, as the garbage collector may close a generator, and with it
 # the block that this has left open, in the middle of another block's change.
-_lock = threading.RLock()
+LOCK = threading.RLock()
 
 
 class Meanwhile:
@@ -39,14 +39,14 @@ class Switch:
         """A block for all modules of `model`."""
         block, modules = object(), []
         try:
-            with _lock:
+            with LOCK:
                 modules += [module for module in model.modules() if module in self._blocks or self._applies(module)]
                 for module in modules:
                     self._blocks.setdefault(module, set()).add(block)
                     self._change(module)
             yield
         finally:
-            with _lock:
+            with LOCK:
                 for module in modules:
                     self._end(block, module)
 

@@ -1,13 +1,14 @@
 """Monte Carlo prediction: average over draws of scale and shift."""
 
 import contextlib
-from collections.abc import Mapping
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
 from . import checks
 from .blocks import Meanwhile, Switch
+from .draws import as_call, batch_of, can_sample, outputs
 from .posterior import KLNorm
 
 
@@ -40,17 +41,13 @@ def sampling(model):
         False
     """
     checks.check_module(model)
-    if not any(map(_can_sample, model.modules())):
+    if not any(map(can_sample, model.modules())):
         raise ValueError(
             'model has no KL layer with posterior="sampled", expected at least one: nothing would be sampled. '
             "Remedy: klnorm.replace_layer_norm(model) or klnorm.replace_rms_norm(model) first."
         )
     with _DENSE.on(model), _SAMPLING.on(model):
         yield model
-
-
-def _can_sample(module):
-    return isinstance(module, KLNorm) and module.posterior == "sampled"
 
 
 def _end_sampling(module):
@@ -65,7 +62,7 @@ def _train(module):
         module.training = True  # alone: train() would reach modules that were left in evaluation mode
 
 
-_SAMPLING = Switch(_can_sample, lambda layer: layer._set_sampling(Meanwhile(True)), _end_sampling)
+_SAMPLING = Switch(can_sample, lambda layer: layer._set_sampling(Meanwhile(True)), _end_sampling)
 # Nested tensors go with nn.TransformerEncoder's shortcut.
 _DENSE = Switch(
     lambda module: getattr(module, "use_nested_tensor", False),
@@ -75,68 +72,137 @@ _DENSE = Switch(
 _EVALUATION = Switch(lambda module: module.training, lambda module: module.training and module.eval(), _train)
 
 
+_LIKELIHOODS = "categorical", "bernoulli", "gaussian"
+
+
 class Prediction(NamedTuple):
-    """What `mc_predict` returns, in fp32 (fp64 for fp64 logits): see there."""
+    """What `mc_predict` returns for classes, in fp32 (fp64 for fp64 logits): see there."""
 
     probabilities: torch.Tensor
     entropy: torch.Tensor
     mutual_information: torch.Tensor
 
 
-@torch.no_grad()
-def mc_predict(model, inputs, samples=8):
-    """Class probabilities averaged over draws of scale and shift, and how uncertain they are.
+class Regression(NamedTuple):
+    """What `mc_predict` returns for numbers, in fp32 (fp64 for fp64 outputs): see there."""
 
-    The model runs `samples` times in evaluation mode inside `klnorm.sampling`; its training flags are put back after.
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+@torch.no_grad()
+def mc_predict(model, inputs, samples=8, *, likelihood="categorical", class_dim=-1, max_batch=None):
+    """The model's prediction averaged over draws of scale and shift, and how uncertain it is.
+
+    The model runs in evaluation mode inside `klnorm.sampling`; its training flags are put back after. Calls may overlap
+    in threads: until the last one for a model ends it is in evaluation mode and samples, for every thread.
 
     Args:
-        model: an nn.Module that returns logits (..., classes), or an object with them as `.logits`, as the models of
-            transformers do.
+        model: an nn.Module that returns logits or numbers as one tensor, or an object with them as `.logits`, as the
+            models of transformers do.
         inputs: a tensor, or a tuple or list of positional arguments, or a mapping of keyword arguments.
         samples: number of draws, >= 1.
+        likelihood: what the output stands for: "categorical" logits (..., classes) of classes that exclude each other,
+            "bernoulli" logits (...) of decisions of their own, yes or no, or "gaussian" numbers (...).
+        class_dim: the dimension of categorical logits that counts the classes, two or more.
+        max_batch: None for a forward for every draw. Or the most inputs of a forward, >= 1: as many draws as fit go
+            through the model together, the inputs repeated along dimension 0. Use it where the batch is small, so that
+            the host takes the time. Dimension 0 of the first tensor counts the batch; every tensor of this length there
+            is repeated, all others are passed as they are. A batch is not split, however small `max_batch` is.
+            The draws are independent as without it, but others; the first forward begins with the same one. This takes
+            layers with noise="sample" or "token" in which `sample_dim` counts the inputs: it raises for a layer whose
+            copies of an input would share a draw. Inside of torch.compile nobody looks.
 
     Returns:
-        A named tuple of tensors without gradient:
-        probabilities (..., classes), the mean over draws of softmax(logits);
-        entropy (...), of these mean probabilities in nats: the whole uncertainty of the prediction;
-        mutual_information (...), between class and draw, in nats, >= 0: the part of the entropy that comes from not
-        knowing scale and shift, which the mean of the draws' own entropies leaves (Houlsby et al. 2011, "BALD").
+        A named tuple of tensors without gradient. Of classes:
+        probabilities, the mean over draws of softmax(logits), in the shape of the logits; of a decision that of yes,
+        sigmoid(logits);
+        entropy, of these mean probabilities in nats, without the dimension of the classes: the whole uncertainty;
+        mutual_information, between class and draw, like entropy, >= 0: the part of it that comes from not knowing scale
+        and shift, which the mean of the draws' own entropies leaves (Houlsby et al. 2011, "BALD").
+        Of numbers, in their shape:
+        mean and variance over draws, the latter with divisor `samples`: the part of the predictive variance that comes
+        from not knowing scale and shift. That of the observations around the mean comes on top.
 
     Raises:
-        TypeError: `model` is not an nn.Module, `samples` is not an int, or the model returns no logits.
-        ValueError: `samples` < 1, or `model` has no KL layer that samples.
+        TypeError: an argument of the wrong type, or the model returns no tensor of floating dtype.
+        ValueError: `samples` or `max_batch` < 1; a `likelihood` that there is not; no KL layer that samples;
+            categorical logits with fewer than two classes in `class_dim`, or (batch,) with `class_dim` left out; with
+            `max_batch` a layer or an output that does not count the inputs.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)))
-        >>> prediction = klnorm.mc_predict(model, torch.randn(5, 8), samples=4)
-        >>> prediction.probabilities.sum(-1)
-        tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000])
+        >>> prediction = klnorm.mc_predict(model, torch.randn(5, 8), samples=4, max_batch=64)
+        >>> prediction.probabilities.shape, prediction.entropy.shape
+        (torch.Size([5, 3]), torch.Size([5]))
         >>> bool((prediction.mutual_information <= prediction.entropy).all())
         True
+        >>> mean, variance = klnorm.mc_predict(model, torch.randn(5, 8), likelihood="gaussian")
+        >>> mean.shape, bool((variance > 0).all())
+        (torch.Size([5, 3]), True)
     """
     checks.check_module(model)
     checks.check_count("samples", samples)
-    mean = entropy_of_draws = 0
+    _check_likelihood(likelihood, class_dim)
+    if max_batch is not None:
+        checks.check_count("max_batch", max_batch)
+    call = as_call(inputs)
     with _EVALUATION.on(model), sampling(model):
-        for _ in range(samples):
-            p = _probabilities(model, inputs)
-            mean = mean + p / samples
-            entropy_of_draws = entropy_of_draws + torch.special.entr(p).sum(-1) / samples
-    entropy = torch.special.entr(mean).sum(-1)
+        found = outputs(model, call, samples, max_batch)
+        if likelihood == "gaussian":
+            return _moments(found)
+        if likelihood == "bernoulli":  # two classes, of which no has the logit 0
+            yes_or_no = ((torch.stack([torch.zeros_like(z), z], 1), 0) for z in found)
+            probabilities, *uncertainty = _classify(yes_or_no, samples)
+            return Prediction(probabilities[1], *uncertainty)
+        batch = batch_of(call)
+        return _classify(((z, _resolve(class_dim, z.shape[1:], batch, max_batch)) for z in found), samples)
+
+
+def _check_likelihood(likelihood, class_dim):
+    if not isinstance(likelihood, str):
+        raise TypeError(f"likelihood is a {type(likelihood).__name__}, expected a str.")
+    if likelihood not in _LIKELIHOODS:
+        raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(map(repr, _LIKELIHOODS))}.")
+    if isinstance(class_dim, bool) or not isinstance(class_dim, Integral):
+        raise TypeError(f"class_dim is a {type(class_dim).__name__}, expected an int.")
+
+
+def _resolve(class_dim, shape, batch, max_batch):
+    """`class_dim` as a non-negative dimension of one draw's logits; raise where these can be no classes."""
+    dim = class_dim + len(shape) if class_dim < 0 else class_dim
+    if not 0 <= dim < len(shape):
+        found = f"have no dimension {class_dim}"
+    elif shape[dim] < 2:
+        found = f"have {shape[dim]} there"
+    elif dim == 0 and (max_batch is not None or (class_dim < 0 and shape[0] == batch)):
+        found = "have the batch there"
+    else:
+        return dim
+    raise ValueError(
+        f"model returned logits of shape {tuple(shape)}, which {found}, expected two or more classes in dimension "
+        f"class_dim={class_dim}. Remedy: likelihood='bernoulli' where a logit is a decision of its own, "
+        "likelihood='gaussian' for regression, or the class_dim that counts classes."
+    )
+
+
+def _classify(logits_and_dims, samples):
+    """The `Prediction` of (logits (draws, ...), dimension of the classes in one draw's) of every forward."""
+    mean = entropy_of_draws = 0
+    for logits, dim in logits_and_dims:
+        p = logits.softmax(dim + 1)
+        mean = mean + p.sum(0) / samples
+        entropy_of_draws = entropy_of_draws + torch.special.entr(p).sum(dim + 1).sum(0) / samples
+    entropy = torch.special.entr(mean).sum(dim)
     return Prediction(mean, entropy, (entropy - entropy_of_draws).clamp_min(0.0))
 
 
-def _probabilities(model, inputs):
-    if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        raise TypeError(
-            f"model returned a {type(output).__name__}, expected a floating-point tensor of logits (..., classes), or "
-            "an object that holds one as .logits. Remedy: wrap the model in a module that returns its logits."
-        )
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+def _moments(found):
+    """The `Regression` of outputs (draws, ...), put together as by Chan, Golub and LeVeque (1983)."""
+    count = mean = squares = 0
+    for output in found:
+        draws, their_mean = len(output), output.mean(0)
+        distance, total = their_mean - mean, count + draws
+        squares = squares + (output - their_mean).square().sum(0) + distance.square() * (count * draws / total)
+        mean, count = mean + distance * (draws / total), total
+    return Regression(mean, squares / count)
