@@ -83,8 +83,10 @@ def _each_its_own_draw(model, inputs):
     thread, hooks = threading.get_ident(), []
 
     def check(name, layer, arguments, keywords):
+        if torch.compiler.is_compiling() or threading.get_ident() != thread:
+            return
         x = next(iter((*arguments, *keywords.values())), None)
-        if not torch.compiler.is_compiling() and threading.get_ident() == thread and isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor):
             _check_draws(name, layer, x, inputs)
 
     try:

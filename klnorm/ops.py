@@ -149,8 +149,12 @@ def compute(x, residual, parameters, seed, spec):
 
 def compute_watched(x, residual, parameters, seed, numbers):
     """The same of any tensors, by the operators; the seed is a tensor or None."""
-    function = TransformableFunction if _transforms_active() and not torch.compiler.is_compiling() else OperatorFunction
-    return function.apply(x, residual, *parameters, seed, numbers)[:3]
+    if _transforms_active() and not torch.compiler.is_compiling():
+        return TransformableFunction.apply(x, residual, *parameters, seed, numbers)[:3]
+    if torch.is_grad_enabled():
+        return OperatorFunction.apply(x, residual, *parameters, seed, numbers)[:3]
+    # Dynamo cannot trace a Function without gradients whose numbers are symbols, as with batches of any size.
+    return OperatorFunction.forward(x, residual, *parameters, seed, numbers)[:3]
 
 
 class KLNormFunction(torch.autograd.Function):

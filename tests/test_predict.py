@@ -650,6 +650,18 @@ def test_predictions_of_threads_with_and_without_max_batch():
     assert hooks_of(model.eval()) == 0
 
 
+def test_a_compiled_model_takes_many_draws_at_once(fresh_dynamo):
+    model, x = tokens(), torch.randn(3, 7, 4)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in model, compiled:
+        for max_batch in 6, 12, 6:
+            torch.manual_seed(3)
+            results.append(mc_predict(function, x, samples=4, max_batch=max_batch))
+    for found, expected in zip(results[3:], results[:3], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_inputs_and_outputs_that_do_not_count_a_batch_are_refused():
     class Mean(nn.Sequential):
         def forward(self, x):
