@@ -5,13 +5,13 @@ from .versions import __version__, require_versions
 require_versions()
 
 from . import functional, reference  # noqa: E402
+from .choice import last_norms  # noqa: E402
 from .conditional import KLConditionalLayerNorm  # noqa: E402
 from .kl import kl_divergence, kl_layers  # noqa: E402
 from .modules import KLLayerNorm, KLRMSNorm  # noqa: E402
 from .plots import plot_summary  # noqa: E402
 from .predict import mc_predict, sampling  # noqa: E402
 from .replace import (  # noqa: E402
-    last_norms,
     replace_layer_norm,
     replace_rms_norm,
     restore_layer_norm,

@@ -1,126 +1,106 @@
-"""Which layers of a model can become KL layers, and why another one cannot."""
+"""Which modules of a model are norms that can become KL layers, and why another one cannot."""
 
-import torch.nn.functional as F
+from typing import NamedTuple
+
 from torch import nn
 from torch.nn.utils import parametrize
 
 from . import checks, foreign
-from .foreign import KLForeignRMSNorm, looks_like_rms_norm
+from .foreign import Convention, KLForeignLayerNorm, KLForeignRMSNorm
 from .modules import KLLayerNorm, KLRMSNorm
-from .trial import try_out
-
-# Classes that are no nn.LayerNorm but have its attributes.
-_EQUIVALENTS = (("apex.normalization.fused_layer_norm", "FusedLayerNorm"),)
+from .posterior import KLNorm
 
 
-class Norms:
-    """A kind of norm: which modules are of it, which are replaced, and how. Subclasses have
+class Candidate(NamedTuple):
+    """A module that is a norm, or looks like one.
 
-    name, kl_classes; remedy: what to do where a model has none;
-    is_norm(module): whether it has a scale and is, by its class or its build, of this kind;
-    is_default(module): whether such a norm is replaced where no filter says otherwise;
-    check_arithmetic(name, module): raises unless the module computes this norm;
-    convert(module): puts the KL layer's class in the place of its own.
+    convention: how its class writes the norm; None where that is torch's own, or a KL layer's already.
+    why_not: what about its class keeps it from being replaced; None where nothing does.
     """
 
-    def is_counted(self, module):
-        """Whether `klnorm.last_norms` counts a norm; it may then be replaced."""
-        return True
-
-    def check_convertible(self, name, module):
-        """Raise unless `module` is, but for its class, the norm with plain parameters."""
-        check_uncovered(name, module, self.refuse)
-        if _is_quantized(module):
-            self.refuse(name, "is quantized", "replace before quantizing")
-        for key in "weight", "bias":
-            value = getattr(module, key, None)
-            if value is None and key == "bias":
-                continue
-            if not isinstance(module._parameters.get(key), nn.Parameter):
-                computes = f"computes its {key} (pruned, weight-normed or flattened)"
-                self.refuse(name, computes, "remove that first, or replace first")
-            if type(value) is not nn.Parameter or value.dtype not in checks.FLOATS:
-                kind = f"{type(value.data).__name__} of {value.dtype}"
-                self.refuse(name, f"holds its {key} as a {kind}", "replace before sharding or quantizing")
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and value.shape != tuple(module.normalized_shape):
-                shapes = f"holds its {key} in shape {tuple(value.shape)}, not {tuple(module.normalized_shape)}"
-                self.refuse(name, shapes, "replace before sharding")
-        checks.as_shape(tuple(module.weight.shape))
-        self.check_arithmetic(name, module)
-
-    def check_class(self, name, module, same):
-        """Raise unless it is the `same` that the class of `module` computes."""
-        if not same:
-            what = f"is a {type(module).__name__}, which computes something else than nn.{self.name}"
-            refuse(name, what, "leave it out with filter_fn")
-
-    def refuse(self, name, what, remedy):
-        """Raise for a layer that cannot be replaced."""
-        refuse(name, what, f"{remedy}, or leave it out with filter_fn")
+    name: str
+    module: nn.Module
+    convention: Convention | None = None
+    why_not: str | None = None
 
 
-class LayerNorms(Norms):
-    """nn.LayerNorm, its subclasses and known equivalents."""
+class Norms(NamedTuple):
+    """A kind of norm: its name in torch.nn, the classes that stand for it, and the function that replaces it."""
 
-    name = "LayerNorm"
-    remedy = "klnorm.replace_rms_norm for a model with RMSNorms"
-    kl_classes = (KLLayerNorm,)
+    name: str
+    plain_class: type
+    kl_classes: tuple
+    replace: str
 
-    def is_norm(self, module):
-        norm = isinstance(module, nn.LayerNorm) or _is_equivalent(module)
-        return norm and getattr(module, "elementwise_affine", True)
+    def find(self, model):
+        """The `Candidate`s in `model`."""
+        found = [self._examine(name, module) for name, module in model.named_modules()]
+        return [candidate for candidate in found if candidate is not None]
 
-    def is_default(self, module):
-        return plain_type(module) is nn.LayerNorm or _is_equivalent(module) or _is_quantized(module)
-
-    def check_arithmetic(self, name, module):
-        checks.check_not_negative("eps", module.eps)
-        trial = try_out(module, module.eps)
-        expected = F.layer_norm(trial.x, trial.weight.shape, trial.weight, trial.bias, module.eps)
-        self.check_class(name, module, trial.gave(expected))
-
-    def convert(self, module):
-        module.__class__, module.normalized_shape = KLLayerNorm, tuple(module.normalized_shape)
-
-
-class RMSNorms(Norms):
-    """nn.RMSNorm, and every class that is built like it and computes it, with weight or 1 + weight."""
-
-    name = "RMSNorm"
-    remedy = "klnorm.replace_layer_norm for a model with LayerNorms"
-    kl_classes = KLRMSNorm, KLForeignRMSNorm
-
-    def is_norm(self, module):
-        if type(module) is nn.RMSNorm:
-            return module.elementwise_affine
-        return looks_like_rms_norm(module)
-
-    def is_default(self, module):
-        if isinstance(module, self.kl_classes):
-            return False
-        return type(module) is nn.RMSNorm or foreign.convention(module) is not None
-
-    def is_counted(self, module):
-        return isinstance(module, self.kl_classes) or self.is_default(module)
-
-    def check_arithmetic(self, name, module):
-        if type(module) is nn.RMSNorm:
-            if module.eps is not None:
-                checks.check_not_negative("eps", module.eps)
-            return
+    def _examine(self, name, module):
+        if isinstance(module, KLNorm):
+            return Candidate(name, module) if isinstance(module, self.kl_classes) else None
+        own, plain = isinstance(module, self.plain_class), plain_type(module)
+        if not getattr(module, "elementwise_affine", True):
+            return None
+        if plain is self.plain_class or (own and _is_quantized(module)):
+            return Candidate(name, module)
+        if plain in (nn.LayerNorm, nn.RMSNorm) or getattr(module, "weight", None) is None:
+            return None
+        if not own and not foreign.looks_like_norm(module):
+            return None
+        if not foreign.takes_x_alone(module):
+            return Candidate(name, module, why_not="takes more than x in its forward") if own else None
         convention = foreign.convention(module)
-        self.check_class(name, module, convention is not None)
-        if clashes := foreign.clashes(module):
-            what = f"is a {type(module).__name__} with names of its own that KL layers use ({', '.join(clashes)})"
-            self.refuse(name, what, "rename them there")
-        if (eps := getattr(module, convention.eps_name)) is not None:
-            checks.check_not_negative(convention.eps_name, eps)
+        if convention is not None:
+            return Candidate(name, module, convention) if convention.kind == self.name else None
+        other = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or (self.name == "RMSNorm" and foreign.has_shift(module))
+        if other and not own:
+            return None
+        return Candidate(name, module, why_not=f"computes something else than nn.{self.name}")
 
-    def convert(self, module):
-        if type(module) is nn.RMSNorm:
-            module.__class__ = KLRMSNorm
-        else:
-            foreign.convert(module)
+    def kl_class(self, candidate):
+        """The class that replaces the candidate's own."""
+        if candidate.convention is None:
+            return self.kl_classes[0]
+        return foreign.kl_class(type(candidate.module), candidate.convention)
+
+
+LAYER_NORMS = Norms("LayerNorm", nn.LayerNorm, (KLLayerNorm, KLForeignLayerNorm), "klnorm.replace_layer_norm")
+RMS_NORMS = Norms("RMSNorm", nn.RMSNorm, (KLRMSNorm, KLForeignRMSNorm), "klnorm.replace_rms_norm")
+
+
+def check_convertible(candidate):
+    """Raise unless the candidate is, but for its class, the norm with plain parameters."""
+    name, module, convention, why_not = candidate
+    check_uncovered(name, module, _refuse_choice)
+    if _is_quantized(module):
+        _refuse_choice(name, "is quantized", "replace before quantizing")
+    for key in "weight", "bias":
+        value = getattr(module, key, None)
+        if value is not None or key == "weight":
+            _check_parameter(name, module, key, value)
+    checks.as_shape(tuple(module.weight.shape))
+    if why_not is not None:
+        refuse(name, f"is a {type(module).__name__}, which {why_not}", "leave it out with filter_fn")
+    if clashes := foreign.clashes(module):
+        what = f"is a {type(module).__name__} with names of its own that KL layers use ({', '.join(clashes)})"
+        _refuse_choice(name, what, "rename them there")
+    eps_name = "eps" if convention is None else convention.eps_name
+    if (eps := getattr(module, eps_name)) is not None or isinstance(module, nn.LayerNorm):
+        checks.check_not_negative(eps_name, eps)
+
+
+def _check_parameter(name, module, key, value):
+    if not isinstance(module._parameters.get(key), nn.Parameter):
+        computes = f"computes its {key} (pruned, weight-normed or flattened)"
+        _refuse_choice(name, computes, "remove that first, or replace first")
+    if type(value) is not nn.Parameter or value.dtype not in checks.FLOATS:
+        kind = f"{type(value.data).__name__} of {value.dtype}"
+        _refuse_choice(name, f"holds its {key} as a {kind}", "replace before sharding or quantizing")
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and value.shape != tuple(module.normalized_shape):
+        shapes = f"holds its {key} in shape {tuple(value.shape)}, not {tuple(module.normalized_shape)}"
+        _refuse_choice(name, shapes, "replace before sharding")
 
 
 def check_uncovered(name, module, refuse):
@@ -137,13 +117,14 @@ def refuse(name, what, remedy):
     raise ValueError(f"layer {name or '(the model itself)'!r} {what}, expected a plain one. Remedy: {remedy}.")
 
 
+def _refuse_choice(name, what, remedy):
+    """Raise for a layer that cannot be replaced, and need not be chosen."""
+    refuse(name, what, f"{remedy}, or leave it out with filter_fn")
+
+
 def plain_type(module):
     """The class of a module, also where parametrizations have put one of their own in its place."""
     return parametrize.type_before_parametrizations(module)
-
-
-def _is_equivalent(module):
-    return (type(module).__module__, type(module).__qualname__) in _EQUIVALENTS
 
 
 def _is_quantized(module):

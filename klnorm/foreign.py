@@ -1,7 +1,8 @@
-"""RMSNorm classes of other libraries: told by what they compute, and the KL layers that are made of them."""
+"""Norm classes of other libraries: told by what they compute, and the KL layers that are made of them."""
 
 import functools
 import inspect
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -12,24 +13,31 @@ from .posterior import SETTINGS, KLNorm
 from .spec import Parameters
 from .trial import try_out
 
+_COMPUTE = {
+    "LayerNorm": F.layer_norm,
+    "RMSNorm": lambda x, shape, weight, bias, eps: F.rms_norm(x, shape, weight, eps),
+}
+_OTHER_NORMS = nn.GroupNorm, nn.modules.batchnorm._NormBase
+
 
 class Convention(NamedTuple):
-    """How a class writes RMSNorm: y = (offset + weight) * xhat, and the name of its attribute with eps."""
+    """How a class writes the norm `kind`, "LayerNorm" or "RMSNorm": y = (offset + weight) * xhat, + bias where there is
+    a shift; and the name of its attribute with eps.
+    """
 
+    kind: str
     offset: int
+    shift: bool
     eps_name: str
 
 
-class KLForeignRMSNorm(KLNorm):
-    """Base of the KL layers that `klnorm.replace_rms_norm` makes of other classes than nn.RMSNorm.
+class KLForeignNorm(KLNorm):
+    """Base of the KL layers that klnorm makes of other classes than nn.LayerNorm and nn.RMSNorm.
 
     Evaluation mode is the forward of the layer's own class. `weight`, `weight_rho` and `weight_prior` are in the units
     of that class's weight: where it multiplies with 1 + weight, a scale of 1 is a weight and a weight_prior of 0.
     """
 
-    _means = ("weight",)
-    _is_rms = True
-    bias = bias_rho = bias_prior = None
     kernel_layer_name = None  # by which the library `kernels` would put in a forward that does not sample
 
     def _remove_posterior(self):
@@ -40,7 +48,7 @@ class KLForeignRMSNorm(KLNorm):
         return tuple(self.weight.shape), getattr(self, self._convention.eps_name)
 
     def _standard(self, name):
-        return 1.0 - self._convention.offset
+        return super()._standard(name) - (self._convention.offset if name == "weight" else 0)
 
     def _evaluate(self, x):
         return super(KLNorm, self).forward(x)
@@ -58,39 +66,61 @@ class KLForeignRMSNorm(KLNorm):
     def __reduce_ex__(self, protocol):
         """Copies and pickles name the layer's own class, which can be imported, and not the one made at run time."""
         _, _, *state = super().__reduce_ex__(protocol)
-        return _blank, (type(self)._plain_class,), *state
+        return _blank, (type(self)._plain_class, self._convention), *state
 
 
-def convert(module):
-    """Make a KL layer of `module`, in place, that has no posterior yet; restoring puts back its class."""
-    module._convention = convention(module)
-    module.__class__ = _kl_class(type(module))
+class KLForeignLayerNorm(KLForeignNorm):
+    """Of a class that computes LayerNorm, with or without a shift."""
+
+
+class KLForeignRMSNorm(KLForeignNorm):
+    """Of a class that computes RMSNorm."""
+
+    _is_rms = True
+
+
+_BASES = {"LayerNorm": KLForeignLayerNorm, "RMSNorm": KLForeignRMSNorm}
+_NO_SHIFT = {"_means": ("weight",), "bias": None, "bias_rho": None, "bias_prior": None}
+
+
+def kl_class(plain_class, convention):
+    """The class of KL layers that stands for `plain_class`; restoring puts that back."""
+    return _kl_class(plain_class, convention.kind, convention.shift)
 
 
 @functools.cache
-def _kl_class(plain_class):
+def _kl_class(plain_class, kind, shift):
     """A subclass, so that what asks for the own class or its name, as transformers' initialization does, finds it."""
-    return type(f"KL{plain_class.__name__}", (KLForeignRMSNorm, plain_class), {"_plain_class": plain_class})
+    attributes = {"_plain_class": plain_class} | ({} if shift else _NO_SHIFT)
+    return type(f"KL{plain_class.__name__}", (_BASES[kind], plain_class), attributes)
 
 
-def _blank(plain_class):
-    return object.__new__(_kl_class(plain_class))
+def _blank(plain_class, convention):
+    return object.__new__(kl_class(plain_class, convention))
 
 
-def looks_like_rms_norm(module):
-    """Whether `module` is built as an RMSNorm is: a scale `weight`, an eps, and a forward that takes x alone."""
-    if isinstance(module, (nn.LayerNorm, torch.jit.ScriptModule)):
+def looks_like_norm(module):
+    """Whether `module` is built as a norm is: a scale `weight`, perhaps a shift `bias`, and an eps."""
+    if isinstance(module, (torch.jit.ScriptModule, *_OTHER_NORMS)):
         return False
     parameters, buffers = _present(module._parameters), _present(module._buffers)
-    children = _present(module._modules) - {"parametrizations"}
-    if children or parameters - {"weight", "weight_orig"} or buffers - {"weight_mask"} or not _eps_names(module):
-        return False  # weight_orig and weight_mask: of a pruned norm, which is one, if not one to replace
+    # weight_orig, weight_mask: of a pruned norm, which is one, if not one to replace
+    more = parameters - {"weight", "bias", "weight_orig", "bias_orig"} or buffers - {"weight_mask", "bias_mask"}
+    if more or _present(module._modules) - {"parametrizations"} or not _eps_names(module):
+        return False
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return False
-    if weight.numel() < 2 or weight.shape[0] == 1:
-        return False  # it is broadcast over features, or over what is no feature
+    return weight.numel() >= 2 and weight.shape[0] != 1  # else broadcast over features, or over what is no feature
+
+
+def takes_x_alone(module):
+    """Whether the forward of the class of `module` has one argument."""
     return len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def has_shift(module):
+    return isinstance(getattr(module, "bias", None), torch.Tensor)
 
 
 def _present(entries):
@@ -98,25 +128,35 @@ def _present(entries):
 
 
 def _eps_names(module):
-    return [key for key, value in vars(module).items() if "eps" in key and (value is None or isinstance(value, float))]
+    return [key for key, value in vars(module).items() if "eps" in key and _may_be_eps(value)]
+
+
+def _may_be_eps(value):
+    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def convention(module):
-    """The `Convention` of a module that looks like an RMSNorm; None where it computes something else."""
+    """The `Convention` of a module with a weight and a forward of x alone; None where it computes something else."""
     for eps_name in _eps_names(module):
         eps = getattr(module, eps_name)
         trial = try_out(module, eps)
-        for offset in 0, 1:
-            if trial.gave(F.rms_norm(trial.x, trial.weight.shape, offset + trial.weight, eps)):
-                return Convention(offset, eps_name)
+        shape = trial.weight.shape
+        for kind, compute in _COMPUTE.items():
+            if (kind == "LayerNorm" and eps is None) or (kind == "RMSNorm" and trial.bias is not None):
+                continue
+            for offset in 0, 1:
+                if trial.gave(compute(trial.x, shape, offset + trial.weight, trial.bias, eps)):
+                    return Convention(kind, offset, trial.bias is not None, eps_name)
     return None
 
 
 def clashes(module):
     """Names that the class of `module` or the module itself uses, and that a KL layer would use for something else."""
-    return sorted(_OURS & {*dir(type(module)), *vars(module)})
+    held = module._parameters, module._buffers, module._modules
+    return sorted(_OURS & {*dir(type(module)), *vars(module), *(name for names in held for name in names)})
 
 
-_OURS = {*dir(KLForeignRMSNorm), *SETTINGS} - {
-    *dir(nn.Module), "reset_parameters", "kernel_layer_name", "bias", "_is_hf_initialized",
-}  # fmt: skip
+_OURS = {
+    *dir(KLForeignLayerNorm), *SETTINGS, "_convention", "_plain_class",
+    "weight_rho", "weight_prior", "bias_rho", "bias_prior",
+} - {*dir(nn.Module), "reset_parameters", "kernel_layer_name", "_is_hf_initialized"}  # fmt: skip

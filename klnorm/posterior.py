@@ -27,8 +27,13 @@ class KLNorm(nn.Module):
     _means = "weight", "bias"
     _is_rms = False
 
-    def _add_posterior(self, *, noise, sample_dim, init_std, prior_std, generator, posterior, prior="current"):
-        """Make a KL layer of what is the norm; `prior` as in `klnorm.replace_layer_norm`."""
+    def _add_posterior(self, **options):
+        """Make a KL layer of what is the norm."""
+        self._build_posterior(**options)
+        self._guard_shortcut()
+
+    def _build_posterior(self, *, noise, sample_dim, init_std, prior_std, generator, posterior, prior="current"):
+        """Settings, deviations and priors; `prior` as in `klnorm.replace_layer_norm`. What may fail does so here."""
         eps = self._shape_and_eps()[1]
         checks.check_config(prior_std, 1.0 if eps is None and self._is_rms else eps, noise)
         checks.check_positive("init_std", init_std)
@@ -39,7 +44,6 @@ class KLNorm(nn.Module):
         self._last_kl = LastKL()
         self._sampling = False  # in evaluation mode, see `klnorm.sampling`
         self._shortcut_guard = None
-        self._guard_shortcut()
         sampled = posterior == "sampled"
         for name in self._means:
             mean = getattr(self, name)
@@ -50,13 +54,13 @@ class KLNorm(nn.Module):
         self._reset_rho()
 
     def _remove_posterior(self):
-        """Undo `_add_posterior`; what is left is the state of the norm."""
+        """Undo `_add_posterior`; what is left is the state of the norm. It cannot fail, whatever has been removed."""
         for name in self._means:
-            delattr(self, f"{name}_rho")
-            delattr(self, f"{name}_prior")
+            self._parameters.pop(f"{name}_rho", None)
+            self._buffers.pop(f"{name}_prior", None)
         self._guard_shortcut(removed=True)
         for name in SETTINGS:
-            delattr(self, name)
+            vars(self).pop(name, None)
 
     def _shape_and_eps(self):
         return self.normalized_shape, self.eps

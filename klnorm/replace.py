@@ -1,9 +1,9 @@
 """Turn the norms of a model into KL layers, and back."""
 
-import warnings
-
 from . import checks
-from .candidates import LayerNorms, RMSNorms, check_uncovered, plain_type, refuse
+from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_uncovered, plain_type, refuse
+from .choice import choose, warn_of_others
+from .conversion import make_twins, swap
 from .sharded import is_sharded
 
 _PRIORS = "current", "standard"
@@ -24,19 +24,27 @@ def replace_layer_norm(
     generator=None,
     posterior="sampled",
 ):
-    """Turn the LayerNorms in `model` into `KLLayerNorm`s, in place.
+    """Turn the LayerNorms in `model` into KL layers, in place, whatever library they come from.
+
+    An nn.LayerNorm becomes a `KLLayerNorm`. A class of another library, such as DebertaLayerNorm or CohereLayerNorm in
+    transformers, timm's LayerNorm or apex's FusedLayerNorm, is told by its build (a subclass of nn.LayerNorm; or
+    a parameter `weight`, perhaps a `bias`, and an eps; its forward takes x alone) and by what it computes on a small
+    fp32 input in both modes: LayerNorm of the last dimensions, scaled with weight or 1 + weight. Its layers get a class
+    of their own, a subclass of the one that they had: evaluation mode is the forward of that class, bit for bit.
+    `weight`, `weight_rho` and `weight_prior` stay in the units of its weight, so that checkpoints fit; in training mode
+    the output has the dtype of the input.
 
     Each layer stays the same object with the same `weight` and `bias` parameters, hooks, training flag, dtype and
     device, so what refers to it keeps working, and layers that the model uses twice stay shared. The deviations are new
     parameters, with the `requires_grad` of their means: make the optimizer, and wrap for distributed training, after
-    this call. Layers without scale and shift, and those that are KLLayerNorms already, are left alone.
+    this call. Layers without scale and shift, and those that are KL layers already, are left alone. Layers that share
+    all their parameters without being one module share the deviations too, and their KL counts once.
     `klnorm.kl_layers(model)` gives the layers by name.
 
     Args:
         model: any nn.Module, an nn.LayerNorm itself included.
-        filter_fn: None: every nn.LayerNorm and apex FusedLayerNorm, but no subclass of them. Or a function (module,
-            qualified name) -> bool, asked for each of them and each subclass of nn.LayerNorm; a subclass with a forward
-            of its own must compute what nn.LayerNorm does, which is tried out. Or `klnorm.last_norms(k)`.
+        filter_fn: None: all of them. Or a function (module, qualified name) -> bool, asked for each module that is
+            built like a LayerNorm; what it chooses has to compute one. Or `klnorm.last_norms(k)`.
         prior: where the prior is centred: "current" on the present weight and bias, and on those of a plain checkpoint
             loaded later, "standard" on 1 and 0.
         noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLLayerNorm`.
@@ -45,12 +53,16 @@ def replace_layer_norm(
         `model`.
 
     Raises:
-        TypeError, ValueError: as for `KLLayerNorm`; for a chosen layer that is parametrized, pruned, quantized, sharded
-            or not a LayerNorm in what it computes; for a model wrapped by DistributedDataParallel or FSDP. The model is
-            then unchanged.
+        TypeError, ValueError: as for `KLLayerNorm`; `filter_fn` is none, or returns something else than a bool; for a
+            chosen layer that is parametrized, pruned, quantized, sharded or not a LayerNorm in what it computes, that
+            uses the name of an attribute of KL layers, such as `noise`, for something of its own, or shares a part of
+            its parameters with another layer; for a model wrapped by DistributedDataParallel or FSDP. Whatever raises,
+            the model is unchanged.
 
     Warns:
-        UserWarning: `model` has no KL layer after the call.
+        UserWarning: `model` has no KL layer in the place of a LayerNorm after the call; or, without `filter_fn`,
+            subclasses of nn.LayerNorm and classes built like it were passed over, as they compute something else or
+            take more than x. It says which and how many.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.TransformerEncoderLayer(16, 2), filter_fn=klnorm.last_norms(1))
@@ -64,7 +76,7 @@ def replace_layer_norm(
         "prior": prior, "noise": noise, "sample_dim": sample_dim, "init_std": init_std, "prior_std": prior_std,
         "generator": generator, "posterior": posterior,
     }  # fmt: skip
-    return _replace(model, LayerNorms(), filter_fn, options)
+    return _replace(model, LAYER_NORMS, filter_fn, options)
 
 
 def replace_rms_norm(
@@ -81,12 +93,9 @@ def replace_rms_norm(
 ):
     """Turn the RMSNorms in `model` into KL layers, in place, whatever library they come from.
 
-    `replace_layer_norm` for RMSNorm: what is said there holds here too. An nn.RMSNorm becomes a `KLRMSNorm`. A class of
-    another library, such as LlamaRMSNorm, T5LayerNorm or GemmaRMSNorm in transformers, is told by its build (one
-    parameter `weight`, an eps, a forward that takes x alone) and by what it computes on a small fp32 input in both
-    modes: weight * xhat or (1 + weight) * xhat. Its layers get a class of their own, a subclass of the one that they
-    had: evaluation mode is the forward of that class, bit for bit. `weight`, `weight_rho` and `weight_prior` stay in
-    the units of its weight, so that checkpoints fit; in training mode the output has the dtype of the input.
+    `replace_layer_norm` for RMSNorm without a shift: what is said there holds here too. An nn.RMSNorm becomes a
+    `KLRMSNorm`. A class of another library, such as LlamaRMSNorm, T5LayerNorm or GemmaRMSNorm in transformers, is found
+    by what it computes: weight * xhat or (1 + weight) * xhat.
 
     Args:
         model: any nn.Module, an RMSNorm itself included.
@@ -100,11 +109,10 @@ def replace_rms_norm(
         `model`.
 
     Raises:
-        TypeError, ValueError: as `replace_layer_norm`; and for a class that uses the name of an attribute of KL layers,
-            such as `noise`, for something of its own. The model is then unchanged.
+        TypeError, ValueError: as `replace_layer_norm`.
 
     Warns:
-        UserWarning: `model` has no KL layer in the place of an RMSNorm after the call.
+        UserWarning: as `replace_layer_norm`.
 
     Example:
         >>> model = klnorm.replace_rms_norm(nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8)))
@@ -115,7 +123,7 @@ def replace_rms_norm(
         "prior": prior, "noise": noise, "sample_dim": sample_dim, "init_std": init_std, "prior_std": prior_std,
         "generator": generator, "posterior": posterior,
     }  # fmt: skip
-    return _replace(model, RMSNorms(), filter_fn, options)
+    return _replace(model, RMS_NORMS, filter_fn, options)
 
 
 def _replace(model, norms, filter_fn, options):
@@ -125,25 +133,30 @@ def _replace(model, norms, filter_fn, options):
     checks.check_posterior(options["posterior"])
     if options["prior"] not in _PRIORS:
         raise ValueError(f"prior is {options['prior']!r}, expected one of {', '.join(map(repr, _PRIORS))}.")
-    chosen = _choose(model, norms, filter_fn)
-    for name, module in chosen:
-        norms.check_convertible(name, module)
-    for _, module in chosen:
-        norms.convert(module)
-        module._add_posterior(**options)
-    if not any(isinstance(module, norms.kl_classes) for module in model.modules()):
-        warnings.warn(f"klnorm found no {norms.name} to replace in the model. Remedy: {norms.remedy}.", stacklevel=3)
+    if wrapper := _wrapper(model, _WRAPPERS):
+        raise ValueError(
+            f"model is wrapped by {wrapper}, expected a bare one: the new parameters would not be synchronized. "
+            "Remedy: replace the norms first, then wrap."
+        )
+    found = norms.find(model)
+    chosen = [c for c in choose(found, filter_fn) if not isinstance(c.module, norms.kl_classes)]
+    for candidate in chosen:
+        check_convertible(candidate)
+    for candidate, twin in zip(chosen, make_twins(model, norms, chosen, options), strict=True):
+        swap(candidate.module, twin)
+    warn_of_others(model, norms, found, filter_fn)
     return model
 
 
 def restore_layer_norm(model):
-    """Turn every `KLLayerNorm` in `model` into an `nn.LayerNorm` with the posterior means, in place.
+    """Turn every KL layer that stands for a LayerNorm back into the class that it had, with the posterior means, in
+    place. A `KLLayerNorm` becomes an nn.LayerNorm.
 
     The output then equals that of evaluation mode exactly; deviations and priors are gone. What reads plain models,
     torch.export, ONNX or quantization, reads this one.
 
     Args:
-        model: any nn.Module, a KLLayerNorm itself included.
+        model: any nn.Module, a KL layer itself included.
 
     Returns:
         `model`.
@@ -158,7 +171,7 @@ def restore_layer_norm(model):
         >>> type(model.norm1).__name__
         'LayerNorm'
     """
-    return _restore(model, LayerNorms())
+    return _restore(model, LAYER_NORMS)
 
 
 def restore_rms_norm(model):
@@ -170,7 +183,7 @@ def restore_rms_norm(model):
         >>> type(model[0]).__name__
         'RMSNorm'
     """
-    return _restore(model, RMSNorms())
+    return _restore(model, RMS_NORMS)
 
 
 def _restore(model, norms):
@@ -195,57 +208,3 @@ def _wrapper(model, names):
     """The first of these class names that a module of `model` is an instance of, or None."""
     found = {base.__name__ for m in model.modules() for base in type(m).__mro__}
     return next((name for name in names if name in found), None)
-
-
-class last_norms:
-    """A `filter_fn` for `replace_layer_norm` and `replace_rms_norm`: the last `k` norms of their kind in the model.
-
-    The order is that of `named_modules()`, of definition, in most models that of execution. Those replaced already
-    count, so that replacing twice gives the same as once.
-
-    Args:
-        k: how many, >= 1.
-
-    Raises:
-        TypeError, ValueError: `k` is not an int of 1 or more, or the model has fewer.
-
-    Example:
-        >>> model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8))
-        >>> list(klnorm.kl_layers(klnorm.replace_layer_norm(model, filter_fn=klnorm.last_norms(2))))
-        ['1', '2']
-    """
-
-    def __init__(self, k):
-        checks.check_count("k", k)
-        self.k = k
-
-    def select(self, norms):
-        """Those of `norms`, (name, module) in order, to replace."""
-        if len(norms) < self.k:
-            raise ValueError(
-                f"k is {self.k}, expected at most {len(norms)}, the number of norms of the kind in the model that "
-                "have a scale. Remedy: a smaller k, or no filter_fn for all."
-            )
-        return norms[-self.k :]
-
-
-def _choose(model, norms, filter_fn):
-    """(name, module) of the layers to convert."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, norms.kl_classes) or norms.is_norm(m)]
-    if wrapper := _wrapper(model, _WRAPPERS):
-        raise ValueError(
-            f"model is wrapped by {wrapper}, expected a bare one: the new parameters would not be synchronized. "
-            "Remedy: replace the norms first, then wrap."
-        )
-    if filter_fn is None:
-        found = [(name, m) for name, m in found if norms.is_default(m)]
-    elif isinstance(filter_fn, last_norms):
-        found = filter_fn.select([(name, m) for name, m in found if norms.is_counted(m)])
-    elif callable(filter_fn):
-        found = [(name, m) for name, m in found if filter_fn(m, name)]
-    else:
-        raise TypeError(
-            f"filter_fn is a {type(filter_fn).__name__}, expected None, klnorm.last_norms(k) or a function (module, "
-            "qualified name) -> bool."
-        )
-    return [(name, m) for name, m in found if not isinstance(m, norms.kl_classes)]

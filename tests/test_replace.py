@@ -52,7 +52,8 @@ def snapshot(model):
 
 
 class OwnLayerNorm(nn.LayerNorm):
-    pass
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 # Replacement
@@ -160,16 +161,18 @@ def test_other_norms_are_left_alone(device):
             "plain": nn.LayerNorm(N),
             "affine_less": nn.LayerNorm(N, elementwise_affine=False),
             "own": OwnLayerNorm(N),
+            "affine_less_own": OwnLayerNorm(N, elementwise_affine=False),
             "group": nn.GroupNorm(2, N),
             "batch": nn.BatchNorm1d(N),
         }
     ).to(device)
     types = {name: type(module) for name, module in model.items()}
     others = {name: copy.deepcopy(module) for name, module in model.items()}
-    replace_layer_norm(model)
+    with pytest.warns(UserWarning, match="passed over 1 OwnLayerNorm"):
+        replace_layer_norm(model)
     assert {name: type(module) for name, module in model.items()} == {**types, "plain": KLLayerNorm}
     x = torch.randn(5, N, device=device)
-    for name in "affine_less", "own", "group":
+    for name in "affine_less", "own", "affine_less_own", "group":
         assert torch.equal(model[name](x), others[name](x))
         assert model[name].state_dict().keys() == others[name].state_dict().keys()
     restore_layer_norm(model)

@@ -238,10 +238,10 @@ class Inner(Rms):
 
 
 SIMILAR = (
-    Doubled, Centred, Halves, EpsOutside, Clipped, ClippedFarOut, ClippedInput, ClippedOutput, Absolute, Dropping,
+    Doubled, Halves, EpsOutside, Clipped, ClippedFarOut, ClippedInput, ClippedOutput, Absolute, Dropping,
     OnlyInTraining, OtherEps, OtherEpsThanNone, OtherDtype, OneMoreDimension, Failing,
 )  # fmt: skip
-NO_NORMS = Gated, NoEps, WithChild, WithBuffer, WithBias, OneScale, NoDimension, Unweighted, Broadcast, Empty
+NO_NORMS = Centred, Gated, NoEps, WithChild, WithBuffer, WithBias, OneScale, NoDimension, Unweighted, Broadcast, Empty
 FOREIGN = Rms, OnePlus, Subclass, TwoEps, Inner
 
 
