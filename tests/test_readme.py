@@ -213,6 +213,7 @@ def test_every_block_is_run():
 @pytest.mark.parametrize(
     "module",
     [
+        "choice",
         "conditional",
         "functional",
         "kl",
