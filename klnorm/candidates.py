@@ -114,7 +114,12 @@ def check_uncovered(name, module, refuse):
 
 def refuse(name, what, remedy):
     """Raise for a layer that cannot change its class."""
-    raise ValueError(f"layer {name or '(the model itself)'!r} {what}, expected a plain one. Remedy: {remedy}.")
+    raise ValueError(f"layer {named(name)} {what}, expected a plain one. Remedy: {remedy}.")
+
+
+def named(name):
+    """A qualified name as messages have it."""
+    return repr(name or "(the model itself)")
 
 
 def _refuse_choice(name, what, remedy):

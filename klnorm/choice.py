@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 
 from . import checks
-from .candidates import LAYER_NORMS, RMS_NORMS
+from .candidates import LAYER_NORMS, RMS_NORMS, named
 
 
 class last_norms:
@@ -47,7 +47,7 @@ class last_norms:
         if len(candidates) < self.k:
             raise ValueError(
                 f"k is {self.k}, expected at most {len(candidates)}, the number of norms of the kind in the model that "
-                f"have a scale{of_filter}. Remedy: a smaller k, or no filter_fn for all."
+                f"can be replaced{of_filter}. Remedy: a smaller k, or no filter_fn for all."
             )
         return candidates[-self.k :]
 
@@ -73,7 +73,7 @@ def _ask(filter_fn, candidate):
     answer = filter_fn(candidate.module, candidate.name)
     if not isinstance(answer, bool):
         raise TypeError(
-            f"filter_fn returned a {type(answer).__name__} for layer {candidate.name!r}, expected a bool: what is no "
+            f"filter_fn returned a {type(answer).__name__} for layer {named(candidate.name)}, expected a bool: what is no "
             "bool, a string or a generator, can be true by accident. Remedy: return bool(...) of what is meant."
         )
     return answer
@@ -85,7 +85,7 @@ def warn_of_others(model, norms, found, filter_fn):
     `found`: the candidates from before replacing, whose KL layers are there now.
     """
     replaced = any(isinstance(module, norms.kl_classes) for module in model.modules())
-    passed = [candidate for candidate in found if candidate.why_not is not None]
+    passed = [candidate for candidate in found if candidate.why_not is not None and _sounds_like(norms, candidate)]
     if replaced and (filter_fn is not None or not passed):
         return
     possible = [candidate for candidate in found if candidate.why_not is None]
@@ -111,6 +111,11 @@ def warn_of_others(model, norms, found, filter_fn):
         elif not passed:
             remedy = f"a model with norms that have a scale, or {other.replace} for one with {other.name}s"
     warnings.warn(f"{text}. Remedy: {remedy}.", stacklevel=4)
+
+
+def _sounds_like(norms, candidate):
+    """Whether a user can have meant the candidate: not everything with a weight and an eps is a norm."""
+    return isinstance(candidate.module, norms.plain_class) or "norm" in type(candidate.module).__name__.lower()
 
 
 def _count(candidates):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from inspect import Parameter
 from numbers import Real
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ _COMPUTE = {
     "LayerNorm": F.layer_norm,
     "RMSNorm": lambda x, shape, weight, bias, eps: F.rms_norm(x, shape, weight, eps),
 }
-_OTHER_NORMS = nn.GroupNorm, nn.modules.batchnorm._NormBase
+# Have a weight and, some of them or of their subclasses, an eps, and are not worth a trial.
+_OTHERS = nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd, nn.Linear, nn.Embedding
 
 
 class Convention(NamedTuple):
@@ -101,7 +103,7 @@ def _blank(plain_class, convention):
 
 def looks_like_norm(module):
     """Whether `module` is built as a norm is: a scale `weight`, perhaps a shift `bias`, and an eps."""
-    if isinstance(module, (torch.jit.ScriptModule, *_OTHER_NORMS)):
+    if isinstance(module, (torch.jit.ScriptModule, *_OTHERS)):
         return False
     parameters, buffers = _present(module._parameters), _present(module._buffers)
     # weight_orig, weight_mask: of a pruned norm, which is one, if not one to replace
@@ -116,7 +118,8 @@ def looks_like_norm(module):
 
 def takes_x_alone(module):
     """Whether the forward of the class of `module` has one argument."""
-    return len(inspect.signature(type(module).forward).parameters) == 2
+    arguments = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return len(arguments) == 1 and arguments[0].kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def has_shift(module):

@@ -1,5 +1,6 @@
 """`klnorm.replace_layer_norm` on LayerNorm classes that are not torch's: told by what they compute."""
 
+import abc
 import copy
 import pickle
 
@@ -106,7 +107,7 @@ class PerHead(Cohere):
         self.weight = nn.Parameter(torch.ones(2, 4))
 
 
-class Scattered(Deberta):
+class StdNorm(Deberta):
     """Divides by the deviation plus eps."""
 
     def forward(self, x):
@@ -138,8 +139,36 @@ class Conditioned(Timm):
         return super().forward(x if condition is None else x * condition)
 
 
-FOREIGN = Deberta, Cohere, CohereOnePlus, OnePlus, Nemotron, Timm, EpsOfAnInt
-SIMILAR = Timm2d, PerHead, Scattered, RmsWithShift
+class AnyNumber(Timm):
+    def forward(self, *inputs):
+        return super().forward(sum(inputs))
+
+
+class StdConv2d(nn.Conv2d):
+    """As in timm: a convolution with an eps."""
+
+    def __init__(self):
+        super().__init__(N, N, 1)
+        self.eps = 1e-6
+
+
+class CosineHead(Deberta):
+    """A classifier with an eps."""
+
+    def forward(self, x):
+        return F.normalize(x, eps=self.variance_epsilon) * self.weight + self.bias
+
+
+class Slotted(Timm):
+    __slots__ = ("note",)
+
+
+class Abstract(Timm, abc.ABC):
+    pass
+
+
+FOREIGN = Deberta, Cohere, CohereOnePlus, OnePlus, Nemotron, Timm, EpsOfAnInt, Slotted, Abstract
+SIMILAR = Timm2d, PerHead, StdNorm, RmsWithShift
 
 
 def model_of(*layers):
@@ -274,7 +303,7 @@ def test_compiles_without_a_break(training, fresh_dynamo):
 
 @pytest.mark.parametrize("n", [2, 3, 1000])
 def test_every_width_is_told(n):
-    model = nn.Sequential(Deberta(n), Cohere(n), OnePlus(n), CohereOnePlus(n), Rms(n), RmsWithShift(n), Scattered(n))
+    model = nn.Sequential(Deberta(n), Cohere(n), OnePlus(n), CohereOnePlus(n), Rms(n), RmsWithShift(n), StdNorm(n))
     replace_layer_norm(model, filter_fn=lambda module, name: int(name) < 4)
     assert list(kl_layers(model)) == ["0", "1", "2", "3"]
 
@@ -283,29 +312,33 @@ def test_the_two_kinds_of_norm_do_not_meet():
     model = model_of(*(kind() for kind in (*FOREIGN, Rms, RmsOfLayerNorm)))
     before = graph(model)
     replace_layer_norm(model)
-    assert list(kl_layers(model)) == [str(i) for i in range(7)]
+    assert list(kl_layers(model)) == [str(i) for i in range(len(FOREIGN))]
     replace_rms_norm(model)
-    assert len(kl_layers(model)) == 9
+    assert len(kl_layers(model)) == len(FOREIGN) + 2
     assert len(kl_layers(restore_layer_norm(model))) == 2
     assert_unchanged(klnorm.restore_rms_norm(model), before)
 
 
 def test_filter_and_last_norms_see_what_is_built_like_a_layer_norm():
-    kinds = [Deberta, Rms, Timm2d, Cohere, Scattered, Conditioned, RmsOfLayerNorm, nn.Identity]
+    kinds = [Deberta, Rms, Timm2d, Cohere, StdNorm, Conditioned, RmsOfLayerNorm, nn.Identity]
     model, asked = model_of(nn.RMSNorm(N), *(kind() for kind in kinds), nn.GroupNorm(2, N)), []
     with pytest.warns(UserWarning, match="filter_fn chose none of 1 Deberta, 1 Cohere"):
         replace_layer_norm(model, filter_fn=lambda module, name: bool(asked.append(type(module))))
-    assert asked == [Deberta, Timm2d, Cohere, Scattered, Conditioned]
+    assert asked == [Deberta, Timm2d, Cohere, StdNorm, Conditioned]
     assert list(kl_layers(replace_layer_norm(model, filter_fn=last_norms(1)))) == ["4"]
     with pytest.raises(ValueError, match="k is 3, expected at most 2"):
         replace_layer_norm(model, filter_fn=last_norms(3))
 
 
-@pytest.mark.parametrize("kind", [*SIMILAR, Conditioned])
+@pytest.mark.parametrize("kind", [*SIMILAR, CosineHead, Conditioned, AnyNumber])
 def test_what_only_looks_like_a_layer_norm_is_refused_where_a_filter_chooses_it(kind):
     model = model_of(Deberta(), kind())
     before = graph(model)
-    why = "takes more than x in its forward" if kind is Conditioned else r"computes something else than nn\.LayerNorm"
+    why = (
+        "takes more than x in its forward"
+        if kind in (Conditioned, AnyNumber)
+        else r"computes something else than nn\.LayerNorm"
+    )
     with pytest.raises(ValueError, match=rf"layer '1' is a {kind.__name__}, which {why}.*leave it out with filter_fn"):
         replace_layer_norm(model, filter_fn=lambda module, name: True)
     assert_unchanged(model, before)
@@ -319,13 +352,13 @@ def messages(record):
 
 
 def test_subclasses_and_classes_that_are_passed_over_are_counted():
-    model = model_of(nn.LayerNorm(N), Timm2d(), Timm2d(), Conditioned(), Scattered(), nn.GroupNorm(2, N), Rms())
+    model = model_of(nn.LayerNorm(N), Timm2d(), Timm2d(), Conditioned(), StdNorm(), nn.GroupNorm(2, N), Rms())
     with pytest.warns(UserWarning, match="passed over") as record:
         replace_layer_norm(model)
     (text,) = messages(record)
     assert text.startswith(
         "klnorm passed over 2 Timm2d (which computes something else than nn.LayerNorm), 1 Conditioned (which takes "
-        "more than x in its forward), 1 Scattered (which computes something else than nn.LayerNorm). Remedy: "
+        "more than x in its forward), 1 StdNorm (which computes something else than nn.LayerNorm). Remedy: "
     )
     assert record[0].filename == __file__
     assert list(kl_layers(model)) == ["0"]
@@ -338,6 +371,14 @@ def test_the_filter_of_the_warning_ends_it():
         replace_layer_norm(copy.deepcopy(model))
     source = messages(record)[0].split("filter_fn=")[1].split(" ends this warning")[0]
     assert list(kl_layers(replace_layer_norm(model, filter_fn=eval(source)))) == ["0", "2"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_norm_is_not_spoken_of():
+    model = nn.Sequential(nn.LayerNorm(N), StdConv2d(), CosineHead(), nn.GroupNorm(2, N), nn.BatchNorm1d(N))
+    assert list(kl_layers(replace_layer_norm(model))) == ["0"]
+    model = nn.Sequential(nn.RMSNorm(N), StdConv2d(), CosineHead(), nn.LayerNorm(N), Deberta())
+    assert list(kl_layers(replace_rms_norm(model))) == ["0"]
 
 
 def test_the_layer_of_the_warning_takes_the_place():
