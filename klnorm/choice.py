@@ -33,7 +33,10 @@ class last_norms:
     def __init__(self, k, *, filter_fn=None):
         checks.check_count("k", k)
         if isinstance(filter_fn, last_norms):
-            raise TypeError("filter_fn is a last_norms, expected None or a function (module, qualified name) -> bool.")
+            raise TypeError(
+                "filter_fn is a last_norms, expected None or a function (module, qualified name) -> bool. "
+                "Remedy: its filter_fn in its place, and the smaller k."
+            )
         if filter_fn is not None:
             _check_filter(filter_fn)
         self.k, self.filter_fn = k, filter_fn
@@ -73,18 +76,18 @@ def _ask(filter_fn, candidate):
     answer = filter_fn(candidate.module, candidate.name)
     if not isinstance(answer, bool):
         raise TypeError(
-            f"filter_fn returned a {type(answer).__name__} for layer {named(candidate.name)}, expected a bool: what is no "
-            "bool, a string or a generator, can be true by accident. Remedy: return bool(...) of what is meant."
+            f"filter_fn returned a {type(answer).__name__} for layer {named(candidate.name)}, expected a bool: a "
+            "string or a generator would be true by accident. Remedy: return bool(...) of what is meant."
         )
     return answer
 
 
-def warn_of_others(model, norms, found, filter_fn):
-    """Say which norms stayed as they are, where a user could think that they were replaced.
+def warn_of_others(model, norms, found, chosen, filter_fn):
+    """Say which norms will stay as they are, where a user could think that they are replaced.
 
-    `found`: the candidates from before replacing, whose KL layers are there now.
+    Before anything changes, as a warning may be turned into an error.
     """
-    replaced = any(isinstance(module, norms.kl_classes) for module in model.modules())
+    replaced = chosen or any(isinstance(candidate.module, norms.kl_classes) for candidate in found)
     passed = [candidate for candidate in found if candidate.why_not is not None and _sounds_like(norms, candidate)]
     if replaced and (filter_fn is not None or not passed):
         return

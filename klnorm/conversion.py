@@ -79,9 +79,9 @@ def _tie(name, twin, owners):
     if shared != same_means or shared.keys() != means.keys() or _reading(twin) != _reading(owner):
         pairs = ", ".join(f"{mean} with {its} of {named(other)}" for mean, (other, _, its) in shared.items())
         raise ValueError(
-            f"layer {named(name)} shares parameters with another layer ({pairs}), expected to share all of them, under the "
-            "same names, with a layer of the same posterior, prior and prior_std: what is shared has one posterior. "
-            "Remedy: layer.weight = nn.Parameter(layer.weight.detach().clone()), or leave one out with filter_fn."
+            f"layer {named(name)} shares parameters with another layer ({pairs}), expected to share all of them, under "
+            "the same names, with a layer of the same posterior, prior and prior_std: what is shared has one posterior."
+            " Remedy: layer.weight = nn.Parameter(layer.weight.detach().clone()), or leave one out with filter_fn."
         )
     for mean in means:
         for kind, name_of in zip(_TENSORS, (f"{mean}_rho", f"{mean}_prior"), strict=True):

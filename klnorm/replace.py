@@ -142,9 +142,10 @@ def _replace(model, norms, filter_fn, options):
     chosen = [c for c in choose(found, filter_fn) if not isinstance(c.module, norms.kl_classes)]
     for candidate in chosen:
         check_convertible(candidate)
-    for candidate, twin in zip(chosen, make_twins(model, norms, chosen, options), strict=True):
-        swap(candidate.module, twin)
-    warn_of_others(model, norms, found, filter_fn)
+    twins = make_twins(model, norms, chosen, options)
+    warn_of_others(model, norms, found, chosen, filter_fn)
+    for candidate, twin in zip(chosen, twins, strict=True):
+        swap(candidate.module, twin)  # the first change: what may fail has been done
     return model
 
 

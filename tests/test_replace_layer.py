@@ -342,6 +342,7 @@ def test_what_only_looks_like_a_layer_norm_is_refused_where_a_filter_chooses_it(
     with pytest.raises(ValueError, match=rf"layer '1' is a {kind.__name__}, which {why}.*leave it out with filter_fn"):
         replace_layer_norm(model, filter_fn=lambda module, name: True)
     assert_unchanged(model, before)
+    assert list(kl_layers(replace_layer_norm(model, filter_fn=lambda module, name: name != "1"))) == ["0"]
 
 
 # Warnings

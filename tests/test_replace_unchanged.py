@@ -138,8 +138,24 @@ def test_names_that_kl_layers_use_are_refused_before_anything_changes(name, of):
     with pytest.raises(ValueError, match=rf"layer '4' .*names of its own that KL layers use \({name}\).*filter_fn"):
         replace_layer_norm(model)
     assert_unchanged(model, before)
-    replace_layer_norm(model, filter_fn=lambda module, name: name != "4")  # the remedy
+    replace_layer_norm(model, filter_fn=lambda module, name: name != "4")  # the remedies
     assert list(klnorm.kl_layers(model)) == ["1"]
+    if of != "class":
+        delattr(model[4], name)
+        assert list(klnorm.kl_layers(replace_layer_norm(model))) == ["1", "4"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
+    class PassedOver(nn.LayerNorm):
+        def forward(self, x):
+            return -super().forward(x)
+
+    model = model_of(PassedOver(N))
+    before = graph(model)
+    with pytest.raises(UserWarning, match="passed over 1 PassedOver"):
+        replace_layer_norm(model)
+    assert_unchanged(model, before)
 
 
 def test_a_restoring_that_fails_leaves_the_model_as_it_was():
@@ -207,6 +223,9 @@ def test_a_filter_that_returns_no_bool_is_refused(replace, filter_fn, kind):
     with pytest.raises(TypeError, match=rf"filter_fn returned a {kind} for layer '\d', expected a bool.*bool\("):
         replace(model, filter_fn=filter_fn)
     assert_unchanged(model, before)
+    if filter_fn is strings:
+        replace(model, filter_fn=lambda module, name: bool(filter_fn(module, name)))  # the remedy
+        assert len(klnorm.kl_layers(model)) == 1
 
 
 @pytest.mark.parametrize(
@@ -233,5 +252,6 @@ def test_last_norms_of_those_that_another_filter_chooses():
         assert list(klnorm.kl_layers(replace_layer_norm(model, filter_fn=firsts))) == ["1.0", "2.0"]
     with pytest.raises(ValueError, match=r"k is 4, expected at most 3, .*that its filter_fn chooses"):
         replace_layer_norm(model, filter_fn=last_norms(4, filter_fn=firsts.filter_fn))
-    with pytest.raises(TypeError, match=r"filter_fn is a last_norms, expected None or a function"):
-        last_norms(2, filter_fn=firsts)
+    with pytest.raises(TypeError, match=r"filter_fn is a last_norms, expected None or a function .*its filter_fn in"):
+        last_norms(3, filter_fn=firsts)
+    last_norms(2, filter_fn=firsts.filter_fn)  # the remedy
