@@ -44,7 +44,8 @@ def replace_layer_norm(
     Args:
         model: any nn.Module, an nn.LayerNorm itself included.
         filter_fn: None: all of them. Or a function (module, qualified name) -> bool, asked for each module that is
-            built like a LayerNorm; what it chooses has to compute one. Or `klnorm.last_norms(k)`.
+            built like a LayerNorm; what it chooses has to compute one. Or `klnorm.last_norms(k)`, of all or of
+            those that such a function chooses.
         prior: where the prior is centred: "current" on the present weight and bias, and on those of a plain checkpoint
             loaded later, "standard" on 1 and 0.
         noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLLayerNorm`.
@@ -100,7 +101,8 @@ def replace_rms_norm(
     Args:
         model: any nn.Module, an RMSNorm itself included.
         filter_fn: None: all of them. Or a function (module, qualified name) -> bool, asked for each module that is
-            built like an RMSNorm; what it chooses has to compute one. Or `klnorm.last_norms(k)`.
+            built like an RMSNorm; what it chooses has to compute one. Or `klnorm.last_norms(k)`, of all or of
+            those that such a function chooses.
         prior: where the prior is centred: "current" on the present weight, and on that of a plain checkpoint loaded
             later, "standard" on a scale of 1.
         noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLRMSNorm`.
