@@ -37,7 +37,7 @@ def forward(x, residual, parameters, seed, spec):
     statistics.append(reciprocal_root((centred**2).mean(1, keepdim=True) + spec.eps))
     xhat = centred * statistics[-1]
     y = [_affine(xhat[part], posteriors[i], _Noise(seed, rows, i)) for i, part in enumerate(_parts(rows))]
-    y = (y[0] if rows.groups == 1 else torch.cat(y)).reshape(x.shape).to(x.dtype)
+    y = (y[0] if rows.groups == 1 else torch.cat(y)).reshape(x.shape).to(spec.out_dtype)
     # .data is no view, which autograd would not let anyone change in place, as nn.ReLU(inplace=True) does.
     return y.data, None if residual is None else z, kl, torch.cat(statistics, 1)
 
@@ -71,8 +71,9 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
         None if p is None else torch.stack(part).to(p.dtype).view_as(p)
         for p, part in zip(parameters, zip(*gradients, strict=True), strict=False)
     ]
-    dx = None if dz is None else dz.to(dy.dtype)
-    dresidual = dz.to(z.dtype) if dz is not None and z.dtype != dy.dtype else None
+    x_dtype = spec.dtypes[0]
+    dx = None if dz is None else dz.to(x_dtype)
+    dresidual = dz.to(z.dtype) if dz is not None and z.dtype != x_dtype else None
     return dx, dresidual, *gradients
 
 

@@ -127,7 +127,7 @@ def forward(x, residual, parameters, seed, spec):
     operands, vec, strides = _access(spec.n_cols, (x, residual))
     plan = forward_plan(spec, _target(x.device), vec, strides)
     parameters = _contiguous(parameters)
-    y, sum_ = _empty_like(x), None if residual is None else _empty_like(residual)
+    y, sum_ = _empty_like(x, spec.out_dtype), None if residual is None else _empty_like(residual)
     statistics = torch.empty(plan.statistics, dtype=plan.dtype, device=x.device)
     kl = statistics.new_empty(plan.kl)
     prepared = _prepared(plan, parameters, seed, statistics)
@@ -147,7 +147,8 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
     partial = statistics.new_empty(plan.partial)
     dx = dresidual = None
     if dy is not None:
-        dx, dresidual = _empty_like(dy), None if dy.dtype == z.dtype else _empty_like(z)
+        x_dtype = spec.dtypes[0]
+        dx, dresidual = _empty_like(z, x_dtype), None if x_dtype == z.dtype else _empty_like(z)
     if plan.rows is not None:
         inputs = (*operands, statistics, _prepared(plan, parameters, seed, statistics))
         if plan.sums is None:
@@ -266,8 +267,8 @@ def _prepare(spec, target, least):
 
 
 def _dtypes(spec, prepare):
-    """What the inputs of a kernel of rows are, for `Call`."""
-    return *spec.dtypes, prepare is not None
+    """What the tensors of a kernel of rows are, for `Call`."""
+    return *spec.dtypes, spec.out_dtype, prepare is not None
 
 
 def _numbers(rows):
@@ -289,8 +290,8 @@ def _tile(spec, shape, vec=1):
     return Tile(spec.n_cols, vec, shape.block_m, shape.block_n, shape.num_stages)
 
 
-def _empty_like(tensor):
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+def _empty_like(tensor, dtype=None):
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _access(n_cols, operands):

@@ -12,9 +12,10 @@ Arguments of the operators, in order:
     draws, inner                         row r uses draw (r // inner) % draws
     groups                               row r of M uses the parameters of group r // (M // groups)
     rms                                  RMSNorm: no mean is subtracted
+    dtype                                forward: of y, None for that of x; backward: of the gradient of x
 
-Forward returns y (as x), the sum with the residual (as that), kl (scalar, or (groups,), in nats) and statistics, (M, 2)
-of mean and 1 / deviation or, for RMSNorm, (M, 1); the latter two in fp32, or fp64 for fp64 `x`. What is not there is an
+Forward returns y, the sum with the residual (as that), kl (scalar, or (groups,), in nats) and statistics, (M, 2) of
+mean and 1 / deviation or, for RMSNorm, (M, 1); the latter two in fp32, or fp64 for fp64 `x`. What is not there is an
 empty tensor. Backward takes as z what was normalized, x or the sum.
 
 Inside of klnorm the tensors are `Parameters` and everything else is a `Spec`, see `klnorm.spec`.
@@ -33,13 +34,14 @@ _ARGUMENTS = """
     Tensor? seed"""
 _NUMBERS = """
     float weight_prior_value, float bias_prior_value, float prior_std, float eps,
-    SymInt draws, SymInt inner, SymInt groups, bool rms"""
+    SymInt draws, SymInt inner, SymInt groups, bool rms,
+    ScalarType? dtype"""
 
 _FORWARD = f"""norm_forward(
     Tensor x, Tensor? residual, {_ARGUMENTS}, {_NUMBERS}
 ) -> (Tensor, Tensor, Tensor, Tensor)"""
 
-# The gradients of z in the dtype of dy and, where that is another one, of z; then of the parameters.
+# The gradients of z in the dtype of x and, where that is another one, of z; then of the parameters.
 _BACKWARD = f"""norm_backward(
     Tensor? dy, Tensor? dsum, Tensor? dkl, Tensor z, {_ARGUMENTS}, Tensor statistics, {_NUMBERS}
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
@@ -74,16 +76,17 @@ def _forward_operator(x, residual, *args):
 
 def _backward_operator(dy, dsum, dkl, z, *args):
     *parameters, seed, statistics = args[:8]
-    spec = _spec(z, dtypes_of(z if dy is None else dy, z, *parameters), parameters, seed, *args[8:])
+    dtypes = args[-1], z.dtype, *dtypes_of(*parameters)
+    spec = _spec(z, dtypes, parameters, seed, *args[8:])
     return _filled(_compute_backward(dy, dsum, dkl, z, Parameters(*parameters), seed, statistics, spec), z)
 
 
-def _spec(x, dtypes, parameters, seed, weight_prior, bias_prior, prior_std, eps, draws, inner, groups, rms):
+def _spec(x, dtypes, parameters, seed, weight_prior, bias_prior, prior_std, eps, draws, inner, groups, rms, dtype):
     weight, _, weight_rho, *_ = parameters
     n_cols = weight.numel() // groups
     rows = Rows.of(seed is not None, x.numel() // n_cols, groups, draws, inner)
     kind, posterior = "rms" if rms else "layer", "deterministic" if weight_rho is None else "sampled"
-    return make_spec(kind, posterior, eps, Prior(weight_prior, bias_prior, prior_std), n_cols, rows, dtypes)
+    return make_spec(kind, posterior, eps, Prior(weight_prior, bias_prior, prior_std), n_cols, rows, dtypes, dtype)
 
 
 for _key in "CPU", "CUDA":
@@ -95,24 +98,25 @@ def _filled(outputs, like):
     return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
 
-def _empty_like(tensor):
-    """Contiguous; None for None."""
-    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+def _empty_like(tensor, dtype=None):
+    """Contiguous, of its own dtype or another; None for None."""
+    return None if tensor is None else torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
 
 
 @torch.library.register_fake("klnorm::norm_forward", lib=_library)
 def _forward_fake(x, residual, weight, *args):
-    *_, groups, rms = args
+    *_, groups, rms, dtype = args
     n_rows = x.numel() * groups // weight.numel()
     statistics = x.new_empty((n_rows, 1 if rms else 2), dtype=cpu.accumulation_dtype(x))
     kl = statistics.new_empty(() if groups == 1 else (groups,))
-    return _filled((_empty_like(x), _empty_like(residual), kl, statistics), x)
+    return _filled((_empty_like(x, dtype), _empty_like(residual), kl, statistics), x)
 
 
 @torch.library.register_fake("klnorm::norm_backward", lib=_library)
-def _backward_fake(dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, *_):
-    dx = None if dy is None else torch.empty(z.shape, dtype=dy.dtype, device=z.device)
-    dresidual = None if dy is None or dy.dtype == z.dtype else _empty_like(z)
+def _backward_fake(dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, *args):
+    dtype = args[-1]
+    dx = None if dy is None else _empty_like(z, dtype)
+    dresidual = None if dy is None or dtype == z.dtype else _empty_like(z)
     return _filled((dx, dresidual, *map(_empty_like, (weight, bias, weight_rho, bias_rho))), z)
 
 
@@ -191,6 +195,7 @@ class OperatorFunction(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, residual, *parameters, seed, numbers = inputs
         _, sum_, _, statistics = output
+        numbers = *numbers[:-1], x.dtype  # as the backward's operator takes them
         _save(ctx, x if residual is None else sum_, parameters, seed, statistics, numbers)
         ctx.has_residual = residual is not None
 
@@ -216,7 +221,7 @@ class TransformableFunction(OperatorFunction):
 
 
 def _save(ctx, z, parameters, seed, statistics, work):
-    """For `_backward`; `work`: a Spec, or the numbers of the operators."""
+    """For `_backward`; `work`: a Spec, or the numbers of the backward's operator."""
     ctx.last_kl, ctx.consumed = None, False  # for klnorm.kl: who holds this graph, and whether it is spent
     ctx.key, seed = (seed, None) if type(seed) is int else (None, seed)
     ctx.save_for_backward(z, *parameters, seed, statistics)
@@ -252,7 +257,7 @@ def _gradients(dy, dsum, dkl, z, parameters, seed, statistics, work):
     dx, dresidual, *rest = torch.ops.klnorm.norm_backward.default(
         dy, dsum, dkl, z, *parameters, seed, statistics, *numbers
     )
-    dresidual = None if dy is None or dy.dtype == z.dtype else dresidual
+    dresidual = None if dy is None or numbers[-1] == z.dtype else dresidual
     rest = [None if p is None else gradient for p, gradient in zip(parameters, rest, strict=False)]
     return None if dy is None else dx, dresidual, *rest
 

@@ -72,7 +72,7 @@ class Rows(NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
     """`kind`: "layer" or "rms"; `posterior`: "sampled" or "deterministic"; `n_cols`: features of a row; `dtypes`: of x,
-    the residual and the `Parameters`, None for what there is not.
+    the residual and the `Parameters`, None for what there is not; `out_dtype`: of y.
 
     There is one Spec of the same fields, see `make_spec`, so that what is worked out for it is found by its identity.
     """
@@ -84,18 +84,19 @@ class Spec:
     n_cols: int
     rows: Rows
     dtypes: tuple
+    out_dtype: torch.dtype
 
     @property
     def numbers(self):
-        """As the operators of `klnorm.ops` take it."""
+        """As the operator of the backward takes it, see `klnorm.ops`."""
         rows = self.rows
-        return *self.prior, self.eps, rows.draws, rows.inner, rows.groups, self.kind == "rms"
+        return *self.prior, self.eps, rows.draws, rows.inner, rows.groups, self.kind == "rms", self.dtypes[0]
 
 
 @functools.lru_cache(4096)
-def make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes):
-    """The Spec of these fields."""
-    return Spec(kind, posterior, eps, prior, n_cols, rows, dtypes)
+def make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes, out_dtype=None):
+    """The Spec of these fields; an `out_dtype` of None is that of x."""
+    return Spec(kind, posterior, eps, prior, n_cols, rows, dtypes, dtypes[0] if out_dtype is None else out_dtype)
 
 
 def dtypes_of(*tensors):
