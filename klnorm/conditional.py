@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checks
+from . import checks, inputs
 from .functional import Settings, normalize
 from .posterior import KLNorm, _nothing
 from .reference.kl_norm import accumulation_dtype
@@ -98,11 +98,14 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         prior_std=0.1,
         generator=None,
     ):
-        if isinstance(condition, str) and condition != "self":
-            raise ValueError(f"condition is {condition!r}, expected 'self' or an int, the width of a tensor.")
-        if condition != "self":
-            checks.check_count("condition", condition)
-        checks.check_count("rank", rank)
+        if isinstance(condition, str):
+            checks.check_name("condition", condition, ("self",), " or an int, the width of a tensor")
+        else:
+            condition = checks.as_integer("condition", condition, at_least=1)
+        rank = checks.as_integer("rank", rank, at_least=1)
+        checks.check_flag("bias", bias)
+        checks.check_dtype(dtype)
+        eps = checks.as_number("eps", eps, at_least=0)
         super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
@@ -144,8 +147,8 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
                 not 0, for the rows that the summary is a mean of, like an attention_mask of transformers; None: all.
                 The summary of a sample without such rows is 0. The other rows are normalized all the same.
         """
-        checks.check_input(x, self.normalized_shape)
-        dim = checks.resolve_sample_dim(x, len(self.normalized_shape), self.sample_dim)
+        inputs.check_input(x, self.normalized_shape)
+        dim = inputs.resolve_sample_dim(x, len(self.normalized_shape), self.sample_dim)
         alone = x.dim() == len(self.normalized_shape)
         samples = (x.unsqueeze(0) if alone else x).movedim(dim, 0)
         _check_samples(samples, x)
@@ -226,7 +229,8 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Also accept the state of an nn.LayerNorm or KLLayerNorm: the layer then equals that one."""
         if f"{prefix}weight" in state_dict and not any(f"{prefix}{name}" in state_dict for name in _LOW_RANK):
-            device = state_dict[f"{prefix}weight"].device if local_metadata.get("assign_to_params_buffers") else None
+            assigned = state_dict[f"{prefix}weight"] if local_metadata.get("assign_to_params_buffers") else None
+            device = getattr(assigned, "device", None)
             state_dict = state_dict | {
                 f"{prefix}{name}": initialize(torch.empty_like(getattr(self, name), device=device))
                 for name, initialize in _LOW_RANK.items()
@@ -328,14 +332,14 @@ def _check_mask(mask, x, n_normalized):
             f"mask has dtype {mask.dtype}, expected bool or an integer: True or 1 for real rows. "
             "Remedy: mask > 0.5; of an additive mask, mask == 0."
         )
+    inputs.check_layout("mask", mask)
     expected = x.shape[: x.dim() - n_normalized]
     if mask.shape != expected:
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}, expected {tuple(expected)}, one value for every row of x, shape "
             f"{tuple(x.shape)}."
         )
-    if mask.device != x.device:
-        raise ValueError(f"mask is on {mask.device}, expected {x.device}, where x is. Remedy: mask.to(x.device).")
+    inputs.check_device("mask", mask, x)
 
 
 def _check_condition(condition, shape, x):
@@ -344,12 +348,10 @@ def _check_condition(condition, shape, x):
         raise TypeError(f"condition is a {type(condition).__name__}, expected a tensor (samples, C), here {shape}.")
     if not condition.is_floating_point():
         raise TypeError(f"condition has dtype {condition.dtype}, expected a floating dtype. Remedy: condition.float().")
+    inputs.check_layout("condition", condition)
     if condition.shape != shape:
         raise ValueError(
             f"condition has shape {tuple(condition.shape)}, expected {shape}: a vector for every sample of x, shape "
             f"{tuple(x.shape)}, of the width that the layer was made with."
         )
-    if condition.device != x.device:
-        raise ValueError(
-            f"condition is on {condition.device}, expected {x.device}, where x is. Remedy: condition.to(x.device)."
-        )
+    inputs.check_device("condition", condition, x)

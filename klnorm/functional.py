@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, ops, seeds
+from . import checks, inputs, ops, seeds
 from .reference.kl_norm import accumulation_dtype, draw_layout
 from .spec import Parameters, Prior, Rows, dtypes_of, make_spec
 
@@ -112,13 +112,9 @@ def kl_layer_norm(
         >>> torch.allclose(y, F.layer_norm(x, (8,), weight, bias), atol=1e-6), abs(round(kl.item(), 5))
         (True, 0.0)
     """
-    priors, values = _priors(weight_prior, bias_prior)
-    parameters = Parameters(weight, bias, weight_rho, bias_rho, *priors)
-    shape = checks.as_shape(normalized_shape)
-    settings = _settings(shape, "layer", posterior, noise, sample_dim, prior_std, eps, *values)
-    y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
-    _check_finite(kl, parameters)
-    return (y, kl) if residual is None else (y, sum_, kl)
+    parameters = Parameters(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
+    settings = Settings("layer", posterior, noise, sample_dim, prior_std, eps)
+    return _check_and_normalize(x, residual, normalized_shape, parameters, settings, sample, seed, generator)
 
 
 def kl_rms_norm(
@@ -160,13 +156,36 @@ def kl_rms_norm(
         >>> torch.equal(total, x + 1)
         True
     """
-    priors, values = _priors(weight_prior, 0.0)
-    parameters = Parameters(weight, None, weight_rho, None, *priors)
+    parameters = Parameters(weight, None, weight_rho, None, weight_prior, 0.0)
+    settings = Settings("rms", posterior, noise, sample_dim, prior_std, eps)
+    return _check_and_normalize(x, residual, normalized_shape, parameters, settings, sample, seed, generator)
+
+
+def _check_and_normalize(x, residual, normalized_shape, parameters, settings, sample, seed, generator):
+    """What the functional forms return; looks at all that `normalize` does not, or for known calls not again."""
+    inputs.check_tensor("x", x)
     shape = checks.as_shape(normalized_shape)
-    settings = _settings(shape, "rms", posterior, noise, sample_dim, prior_std, eps, *values)
+    checks.check_flag("sample", sample)
+    inputs.check_seed(seed, x)
+    inputs.check_generator(generator, x)
+    parameters, settings = _split_priors(parameters, settings)
+    settings = _plain(settings, shape, x)  # for known calls too, among which True would pass for 1
+    for name, tensor in zip(Parameters._fields, parameters, strict=True):
+        if isinstance(tensor, torch.Tensor):
+            inputs.check_layout(name, tensor)
     y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
     _check_finite(kl, parameters)
     return (y, kl) if residual is None else (y, sum_, kl)
+
+
+def _split_priors(parameters, settings):
+    """Prior means that are tensors among the `Parameters`, without gradient, the others among the `Settings`."""
+    tensors, values = {}, {}
+    for name in "weight_prior", "bias_prior":
+        prior = getattr(parameters, name)
+        is_tensor = isinstance(prior, torch.Tensor)
+        tensors[name], values[name] = (prior.detach(), 0.0) if is_tensor else (None, prior)
+    return parameters._replace(**tensors), settings._replace(**values)
 
 
 _known = {}  # calls that have been checked -> their Spec
@@ -184,7 +203,7 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
     tensors = x, residual, *parameters
     try:
         kinds = [None if t is None else (type(t), t.shape, t.dtype, t.device, t.is_neg()) for t in tensors]
-        call = settings, sample, shape, x.layout, *kinds
+        call = settings, sample, shape, x.layout, residual is None or residual.layout, *kinds
         spec = _known.get(call)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or nothing that can be looked up
         call = spec = None
@@ -200,7 +219,7 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
         seed = None
     elif seed is None and seeds.known_to_host(x):
         if generator is not None:
-            checks.check_generator(generator, x)
+            inputs.check_drawn_from(generator, x)
         seed = seeds.draw_key(seeds.default_generator(x.device) if generator is None else generator)
     else:
         seed = _seed_tensor(x, seed, generator)
@@ -217,61 +236,58 @@ def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, g
     return y, sum_, kl.reshape(1) if rows.groups == 1 and parameters.weight.dim() > len(shape) else kl
 
 
-def _settings(shape, *fields):
-    """`Settings` that are valid: those of a layer are checked with a call, but True would pass for a known 1."""
-    settings = Settings(*fields)
-    _check_settings(settings, shape)
-    return settings
-
-
-def _check_settings(settings, shape):
+def _plain(settings, shape, x):
+    """`Settings` with plain numbers, that the arithmetic on `x` can hold; raise unless they are valid."""
     kind, posterior, noise, sample_dim, prior_std, eps, *values = settings
-    checks.check_config(prior_std, 0.0 if kind == "rms" and eps is None else eps, noise)
     checks.check_posterior(posterior)
-    if noise == "sample":
-        checks.check_sample_dim(sample_dim)
-    for name, value in zip(("weight_prior", "bias_prior"), values, strict=True):
-        checks.check_prior_mean(name, value, shape)
+    checks.check_noise(noise)
+    dtype, or_tensor = accumulation_dtype(x), f" or a tensor of shape {shape}"
+    if kind == "layer" or eps is not None:
+        eps = checks.as_number("eps", eps, at_least=0, dtype=dtype)
+    return Settings(
+        kind,
+        posterior,
+        noise,
+        checks.as_integer("sample_dim", sample_dim),
+        checks.as_number("prior_std", prior_std, above=0, dtype=dtype),
+        eps,
+        *[
+            checks.as_number(name, value, dtype=dtype, instead=or_tensor)
+            for name, value in zip(("weight_prior", "bias_prior"), values, strict=True)
+        ],
+    )
 
 
 def _check_call(x, residual, shape, parameters, settings, sample):
     """Raise unless the arguments of a call fit each other; return (`Prior`, eps, `Rows`)."""
-    kind, posterior, noise, sample_dim, prior_std, eps, *values = settings
-    _check_settings(settings, shape)
+    inputs.check_input(x, shape)
+    kind, posterior, noise, sample_dim, prior_std, eps, *values = _plain(settings, shape, x)
     weight, bias, weight_rho, bias_rho, *priors = parameters
-    checks.check_input(x, shape)
-    checks.check_residual(residual, x)
+    inputs.check_residual(residual, x)
     if kind == "rms" and eps is None:
         eps = torch.finfo(accumulation_dtype(x)).eps
-    groups = checks.check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior)
+    groups = inputs.check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior)
     for name, prior in zip(("weight_prior", "bias_prior"), priors, strict=True):
-        checks.check_prior(name, prior, x, shape)
+        inputs.check_prior(name, prior, x, shape)
     sample = sample and posterior == "sampled"
     if noise == "sample" and sample:
-        sample_dim = checks.resolve_sample_dim(x, len(shape), sample_dim)
+        sample_dim = inputs.resolve_sample_dim(x, len(shape), sample_dim)
     draws, inner = draw_layout(x.shape, len(shape), noise if sample else "batch", sample_dim)
     n_rows = x.numel() // math.prod(shape)
-    checks.check_rows(n_rows)
+    inputs.check_rows(n_rows)
     rows = Rows.of(sample, n_rows, 1 if groups is None else groups, draws, inner)
     if groups is not None:
-        checks.check_groups(rows)
+        inputs.check_groups(rows)
     return Prior(*values, prior_std), eps, rows
 
 
 def _seed_tensor(x, seed, generator):
     """The caller's seed (1,), or one drawn from torch's generator by a kernel of its own."""
     if seed is not None:
-        checks.check_seed(seed, x)
         return seed.reshape(1)
-    checks.check_generator(generator, x)
+    inputs.check_drawn_from(generator, x)
     # With generator=, though it be None, this is the overload that inductor leaves to torch: eager's seeds.
     return torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
-
-
-def _priors(*priors):
-    """Prior means as (tensors or None, numbers)."""
-    tensors = [prior.detach() if isinstance(prior, torch.Tensor) else None for prior in priors]
-    return tensors, [0.0 if isinstance(prior, torch.Tensor) else prior for prior in priors]
 
 
 def _check_finite(kl, parameters):

@@ -76,6 +76,9 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
         posterior="sampled",
     ):
         _check_affine(elementwise_affine, "LayerNorm")
+        checks.check_flag("bias", bias)
+        checks.check_dtype(dtype)
+        eps = checks.as_number("eps", eps, at_least=0)
         super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
@@ -139,6 +142,8 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         posterior="sampled",
     ):
         _check_affine(elementwise_affine, "RMSNorm")
+        checks.check_dtype(dtype)
+        eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
         super().__init__(checks.as_shape(normalized_shape), eps, True, device, dtype)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
@@ -147,6 +152,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
 
 
 def _check_affine(elementwise_affine, norm):
+    checks.check_flag("elementwise_affine", elementwise_affine)
     if not elementwise_affine:
         raise ValueError(
             "elementwise_affine is False, expected True: a layer without scale and shift has nothing to learn a "

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from . import checks
+from . import checks, inputs
 from .functional import Settings, normalize
 from .kl import LastKL, kl_divergence
 from .reference.kl_norm import kl_deterministic, kl_normal
@@ -32,15 +32,11 @@ class KLNorm(nn.Module):
         self._build_posterior(**options)
         self._guard_shortcut()
 
-    def _build_posterior(self, *, noise, sample_dim, init_std, prior_std, generator, posterior, prior="current"):
+    def _build_posterior(self, *, prior="current", **options):
         """Settings, deviations and priors; `prior` as in `klnorm.replace_layer_norm`. What may fail does so here."""
-        eps = self._shape_and_eps()[1]
-        checks.check_config(prior_std, 1.0 if eps is None and self._is_rms else eps, noise)
-        checks.check_positive("init_std", init_std)
-        checks.check_posterior(posterior)
-        self.noise, self.sample_dim, self.generator = noise, sample_dim, generator
-        self.init_std, self.prior_std = float(init_std), float(prior_std)
-        self.posterior, self.prior = posterior, prior
+        for name, option in checks.as_options(self.weight.dtype, **options).items():
+            setattr(self, name, option)
+        self.prior = prior
         self._last_kl = LastKL()
         self._sampling = False  # in evaluation mode, see `klnorm.sampling`
         self._shortcut_guard = None
@@ -67,7 +63,8 @@ class KLNorm(nn.Module):
 
     def _initial_rho(self):
         """softplus inverted at `init_std`, in a form that holds for small and large deviations."""
-        return self.init_std + math.log(-math.expm1(-self.init_std))
+        init_std = checks.as_number("init_std", self.init_std, above=0, dtype=self.weight.dtype)
+        return init_std + math.log(-math.expm1(-init_std))
 
     def _reset_rho(self):
         for name in self._means:
@@ -151,14 +148,15 @@ class KLNorm(nn.Module):
         return y
 
     def _evaluate(self, x):
-        dtype = getattr(x, "dtype", None)
-        if dtype == self.weight.dtype and (dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)):
+        dtype, weight = getattr(x, "dtype", None), self.weight
+        if dtype == weight.dtype and (dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
-                checks.check_input(x, self.normalized_shape)
+                inputs.check_input(x, self.normalized_shape)
+            inputs.check_device("weight", weight, x)
             return super().forward(x)
         # Of mixed dtypes, which torch refuses or answers in fp32: the norm of the means is the deterministic reading.
         shape, eps = self._shape_and_eps()
-        means = Parameters(self.weight, self.bias, None, None, None, None)
+        means = Parameters(weight, self.bias, None, None, None, None)
         settings = Settings("rms" if self._is_rms else "layer", "deterministic", "batch", 0, self.prior_std, eps)
         return normalize(x, None, shape, means, settings, sample=False)[0]
 
@@ -205,12 +203,13 @@ class KLNorm(nn.Module):
     def kl_terms(self):
         """What the KL divergence is the sum of, as `klnorm.kl.closed_form` takes it."""
         weight, bias, weight_rho, bias_rho, weight_prior, bias_prior = self.posterior_and_prior()
+        prior_std = checks.as_number("prior_std", self.prior_std, above=0)
         if self.posterior == "deterministic":
             if bias is None:
                 bias = bias_prior = torch.zeros_like(weight)
-            return [(kl_deterministic, (weight, bias), bias_prior, self.prior_std)]
-        terms = [(kl_normal, (weight, weight_rho), weight_prior, self.prior_std)]
-        return terms if bias is None else [*terms, (kl_normal, (bias, bias_rho), bias_prior, self.prior_std)]
+            return [(kl_deterministic, (weight, bias), bias_prior, prior_std)]
+        terms = [(kl_normal, (weight, weight_rho), weight_prior, prior_std)]
+        return terms if bias is None else [*terms, (kl_normal, (bias, bias_rho), bias_prior, prior_std)]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Also accept the state of the plain norm: the loaded values become means and prior means, rho stays.
@@ -222,10 +221,16 @@ class KLNorm(nn.Module):
             state_dict = dict(state_dict)
             for name in self._means:
                 loaded = state_dict.get(f"{prefix}{name}")
-                if loaded is not None and getattr(self, f"{name}_rho") is not None:
-                    state_dict[f"{prefix}{name}_rho"] = self._rho_for(name, loaded, local_metadata)
-                if loaded is not None and getattr(self, f"{name}_prior") is not None:
-                    state_dict[f"{prefix}{name}_prior"] = self._prior_for(name, loaded)
+                if loaded is None:
+                    continue
+                rho, prior = getattr(self, f"{name}_rho"), getattr(self, f"{name}_prior")
+                is_tensor = isinstance(loaded, torch.Tensor)  # what is none torch refuses, and says so of it alone
+                if rho is not None:
+                    state_dict[f"{prefix}{name}_rho"] = (
+                        self._rho_for(name, loaded, local_metadata) if is_tensor else rho
+                    )
+                if prior is not None:
+                    state_dict[f"{prefix}{name}_prior"] = self._prior_for(name, loaded) if is_tensor else prior
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _rho_for(self, name, loaded, local_metadata):

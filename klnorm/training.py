@@ -43,9 +43,9 @@ def param_groups(model, lr, *, rho_lr=1e-2, weight_decay=0.01):
         [('decay', 2, 0.0001), ('no_decay', 4, 0.0001), ('rho', 2, 0.01)]
     """
     checks.check_module(model)
-    checks.check_positive("lr", lr)
-    checks.check_positive("rho_lr", rho_lr)
-    checks.check_not_negative("weight_decay", weight_decay)
+    lr = checks.as_number("lr", lr, above=0)
+    rho_lr = checks.as_number("rho_lr", rho_lr, above=0)
+    weight_decay = checks.as_number("weight_decay", weight_decay, at_least=0)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(
@@ -138,14 +138,14 @@ class KLWeight:
                 "Remedy: num_examples=len(train_set), or per_parameter=model."
             )
         if per_parameter is None:
-            checks.check_count("num_examples", num_examples)
-        checks.check_count("warmup_steps", warmup_steps, minimum=0)
-        checks.check_not_negative("max_weight", max_weight)
+            num_examples = checks.as_integer("num_examples", num_examples, at_least=1)
+        warmup_steps = checks.as_integer("warmup_steps", warmup_steps, at_least=0)
+        max_weight = checks.as_number("max_weight", max_weight, at_least=0)
         divisor = _count_random(per_parameter) if num_examples is None else num_examples
         self._full, self._warmup_steps = max_weight / divisor, warmup_steps
         self._factors, self.value = {}, None
         self._set_steps(0)
-        for place in {"cpu", "cpu" if device is None else device}:
+        for place in "cpu", "cpu" if device is None else device:
             self._factor(torch.empty(0, device=place).device)
 
     def _set_steps(self, steps):
@@ -188,10 +188,10 @@ class KLWeight:
         """Resume from what `state_dict` returned."""
         if not isinstance(state_dict, Mapping) or state_dict.keys() != {"steps"}:
             raise ValueError(
-                f"state_dict is {state_dict!r}, expected {{'steps': ...}}. Remedy: pass what state_dict() returned."
+                f"state_dict is {checks.shown(state_dict)}, expected {{'steps': ...}}. "
+                "Remedy: pass what state_dict() returned."
             )
-        checks.check_count("state_dict['steps']", state_dict["steps"], minimum=0)
-        self._set_steps(state_dict["steps"])
+        self._set_steps(checks.as_integer("state_dict['steps']", state_dict["steps"], at_least=0))
 
     def __repr__(self):
         return f"KLWeight(value={self.value:.6g}, steps={self.steps})"

@@ -192,7 +192,7 @@ def test_subclasses_of_kl_layer_norm_are_left_alone_by_both(device):
     ("option", "value", "error"),
     [
         ("noise", "nope", ValueError),
-        ("noise", None, ValueError),
+        ("noise", None, TypeError),
         ("init_std", 0.0, ValueError),
         ("init_std", float("nan"), ValueError),
         ("init_std", None, TypeError),

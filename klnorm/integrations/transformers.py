@@ -55,7 +55,7 @@ class KLTrainerMixin:
                 f"kl_weight is a {type(kl_weight).__name__}, expected a klnorm.KLWeight. "
                 "Remedy: klnorm.KLWeight(num_examples=len(train_dataset))."
             )
-        checks.check_positive("rho_lr", rho_lr)
+        rho_lr = checks.as_number("rho_lr", rho_lr, above=0)
         super().__init__(*args, **kwargs)
         if kl_weight is None and self.train_dataset is not None and has_length(self.train_dataset):
             kl_weight = KLWeight(num_examples=len(self.train_dataset))
