@@ -3,7 +3,9 @@
 import copy
 import inspect
 import pickle
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,15 +116,159 @@ def test_layer_without_affine_parameters_is_refused():
         ("init_std", 0.0, ValueError),
         ("init_std", float("nan"), ValueError),
         ("init_std", "0.1", TypeError),
+        ("init_std", 10**400, ValueError),
+        ("init_std", 1e39, ValueError),
         ("prior_std", -1.0, ValueError),
+        ("prior_std", 10**400, ValueError),
+        ("prior_std", 1e308, ValueError),
+        ("eps", 10**400, ValueError),
+        ("eps", "abc", TypeError),
+        ("normalized_shape", {8: 8}, TypeError),
+        ("normalized_shape", numpy.array(8), TypeError),
+        ("normalized_shape", 2**63, ValueError),
+        ("noise", numpy.array(["batch", "token"]), TypeError),
+        ("posterior", None, TypeError),
+        ("sample_dim", "abc", TypeError),
+        ("sample_dim", True, TypeError),
+        ("sample_dim", 0.0, TypeError),
+        ("sample_dim", 10**400, ValueError),
+        ("generator", "abc", TypeError),
+        ("generator", 7, TypeError),
+        ("elementwise_affine", "no", TypeError),
+        ("elementwise_affine", torch.zeros(2), TypeError),
+        ("bias", "no", TypeError),
+        ("bias", numpy.zeros(2), TypeError),
+        ("dtype", torch.complex64, TypeError),
+        ("dtype", torch.int64, TypeError),
+        ("dtype", torch.float8_e5m2, TypeError),
     ],
 )
-def test_bad_settings_are_refused_when_the_layer_is_made(option, value, error):
-    with pytest.raises(error, match=f"{option} is "):
-        KLLayerNorm(**{"normalized_shape": N, option: value})
+@pytest.mark.parametrize("layer", [KLLayerNorm, klnorm.KLRMSNorm, klnorm.KLConditionalLayerNorm])
+@pytest.mark.parametrize("options", [{}, {"noise": "token"}], ids=["sample", "token"])
+def test_bad_settings_are_refused_when_the_layer_is_made(layer, options, option, value, error):
+    if option not in inspect.signature(layer).parameters:
+        error, message = TypeError, f"unexpected keyword argument '{option}'"
+    else:
+        message = f"{option} is "
+    with pytest.raises(error, match=message):
+        layer(**{"normalized_shape": N, **options, option: value})
 
 
-@pytest.mark.parametrize("shape", [torch.tensor([2, 3]).numpy()[0], [2, 3], torch.Size([2, 3])], ids=repr)
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 6e4), (torch.bfloat16, 3e38), (torch.float64, 1e300)])
+def test_init_std_has_the_range_of_the_parameters(dtype, largest):
+    layer = KLLayerNorm(N, dtype=dtype, init_std=largest)
+    assert layer.weight_rho.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"init_std is 1e\+30., expected a finite number above 0, 1.18e-38 to|2.23e-308"
+    ):
+        KLLayerNorm(N, dtype=dtype, init_std=1e308 if dtype != torch.float64 else 10**309)
+
+
+def test_a_deviation_that_a_narrower_dtype_cannot_hold_is_named_at_reset():
+    layer = KLLayerNorm(N, init_std=7e4)
+    with pytest.raises(ValueError, match=r"init_std is 70000.0, expected .* 6.55e\+04 in torch.float16"):
+        layer.half().reset_parameters()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "plain"),
+    [
+        ("init_std", Fraction(1, 4), 0.25),
+        ("init_std", numpy.float32(0.25), 0.25),
+        ("prior_std", Fraction(1, 4), 0.25),
+        ("prior_std", 2, 2.0),
+        ("eps", Fraction(1, 4), 0.25),
+        ("eps", 10**30, 1e30),
+        ("eps", numpy.float16(0.25), 0.25),
+        ("sample_dim", numpy.int64(1), 1),
+    ],
+)
+@pytest.mark.parametrize("layer", [KLLayerNorm, klnorm.KLRMSNorm, klnorm.KLConditionalLayerNorm])
+def test_numbers_of_any_type_mean_the_same(layer, option, value, plain):
+    x = torch.randn(3, 4, N)
+    torch.manual_seed(0)
+    made = layer(N, **{option: value})
+    torch.manual_seed(0)
+    expected = layer(N, **{option: plain})
+    assert type(getattr(made, option)) is type(plain)
+    assert torch.equal(noise_of(made, x), noise_of(expected, x))
+    assert torch.equal(klnorm.kl_divergence(made), klnorm.kl_divergence(expected))
+    assert torch.equal(made.eval()(x), expected.eval()(x))
+
+
+NONSENSE = [
+    ("normalized_shape", N, TypeError),
+    ("normalized_shape", [N], TypeError),
+    ("normalized_shape", None, TypeError),
+    ("eps", "abc", TypeError),
+    ("noise", "rows", ValueError),
+    ("noise", numpy.zeros(2), TypeError),
+    ("posterior", 3, TypeError),
+    ("sample_dim", "abc", TypeError),
+    ("prior_std", "abc", TypeError),
+    ("prior_std", 1e308, ValueError),
+    ("prior_std", numpy.zeros(2), TypeError),
+    ("generator", "abc", TypeError),
+    ("weight", None, TypeError),
+    ("weight_rho", None, TypeError),
+]
+IN_EVALUATION = "normalized_shape", "eps", "weight"
+
+
+@pytest.mark.parametrize(("attribute", "value", "error"), NONSENSE)
+def test_an_attribute_set_to_nonsense_is_named(attribute, value, error):
+    layer, x = KLLayerNorm(N), torch.ones(2, N)
+    layer(x)
+    setattr(layer, attribute, value)
+    with pytest.raises(error, match=attribute):
+        layer(x)
+    if attribute in IN_EVALUATION:
+        with pytest.raises(error, match=attribute):
+            layer.eval()(x)
+    if attribute == "prior_std":
+        with pytest.raises(error, match=attribute):
+            klnorm.kl_divergence(layer.eval())
+
+
+def test_the_remedy_for_a_changed_shape_works():
+    layer, x = KLLayerNorm(N), torch.randn(2, N)
+    layer.normalized_shape = N
+    for training in True, False:
+        with pytest.raises(TypeError, match=r"Remedy: layer\.normalized_shape = tuple\(layer\.weight\.shape\)"):
+            layer.train(training)(x)
+    layer.normalized_shape = tuple(layer.weight.shape)
+    assert torch.equal(layer(x), F.layer_norm(x, (N,)))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("layer", [KLLayerNorm, klnorm.KLConditionalLayerNorm])
+def test_a_plain_state_that_is_no_tensor_is_refused_as_by_torch(layer, name, assign):
+    def error_of(module):
+        with pytest.raises(RuntimeError) as raised:
+            module.load_state_dict({"weight": torch.ones(N), "bias": torch.zeros(N), name: "abc"}, assign=assign)
+        return str(raised.value).partition("\n")[2]
+
+    assert error_of(layer(N)) == error_of(nn.LayerNorm(N))
+
+
+@pytest.mark.parametrize("layer", [KLLayerNorm, klnorm.KLRMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("here", ["cpu", "meta"])
+def test_parameters_on_another_device_are_named(layer, dtype, training, here):
+    there = "cpu" if here == "meta" else "meta"
+    x, layer = torch.zeros(2, N, dtype=dtype, device=here), layer(N, device=there).train(training)
+    with pytest.raises(ValueError, match=rf"weight is on {there}, expected {here}.*Remedy: weight\.to\(x\.device\)"):
+        layer(x)
+    assert layer.to_empty(device=here)(x).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [torch.tensor([2, 3]).numpy()[0], [2, 3], torch.Size([2, 3]), torch.tensor([2, 3]).numpy(), range(2, 4)],
+    ids=repr,
+)
 def test_takes_every_shape_that_nn_layer_norm_takes(shape):
     assert KLLayerNorm(shape).weight.shape == nn.LayerNorm(shape).weight.shape
 
