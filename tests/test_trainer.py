@@ -341,6 +341,7 @@ def test_a_data_set_without_length_needs_a_weight(tmp_path):
     ("options", "error", "message"),
     [
         ({"kl_weight": 0.1}, TypeError, r"kl_weight is a float, expected a klnorm\.KLWeight.*Remedy"),
+        ({"rho_lr": 10**400}, ValueError, "rho_lr is 1000000.*, expected a finite number above 0"),
         ({"rho_lr": 0.0}, ValueError, "rho_lr is 0.0, expected a finite number above 0"),
     ],
 )

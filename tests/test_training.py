@@ -4,7 +4,9 @@ import copy
 import math
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy
 import peft
 import pytest
 import torch
@@ -153,6 +155,10 @@ def test_empty_groups_are_left_out():
         ((nn.Linear(2, 2), "1"), {}, TypeError, "lr is a str, expected a float"),
         ((nn.Linear(2, 2), 1.0), {"rho_lr": -1.0}, ValueError, "rho_lr is -1.0, expected a finite number above 0"),
         ((nn.Linear(2, 2), 1.0), {"weight_decay": -0.1}, ValueError, "weight_decay is -0.1, expected .* 0 or more"),
+        ((nn.Linear(2, 2), 10**400), {}, ValueError, r"lr is 1000000\d*\.\.\., expected a finite number above 0"),
+        ((nn.Linear(2, 2), numpy.ones(2)), {}, TypeError, "lr is a ndarray, expected a float"),
+        ((nn.Linear(2, 2), 1.0), {"rho_lr": 1e308}, ValueError, r"rho_lr is 1e\+308, expected a finite number above 0"),
+        ((nn.Linear(2, 2), 1.0), {"weight_decay": 10**400}, ValueError, "weight_decay is 100000"),
         ((nn.Linear(2, 2), 1.0), {"weight_decay": None}, TypeError, "weight_decay is a NoneType, expected a float"),
         ((nn.Linear(2, 2).requires_grad_(False), 1.0), {}, ValueError, "model has no trainable parameter.*Remedy"),
     ],
@@ -160,6 +166,13 @@ def test_empty_groups_are_left_out():
 def test_param_groups_explains_what_is_wrong(arguments, options, error, message):
     with pytest.raises(error, match=message):
         param_groups(*arguments, **options)
+
+
+def test_numbers_of_any_type_mean_the_same_to_an_optimizer():
+    fractions = param_groups(KLLayerNorm(3), Fraction(1, 4), rho_lr=Fraction(1, 2), weight_decay=numpy.float32(0.5))
+    assert [(type(group["lr"]), group["lr"]) for group in fractions] == [(float, 0.25), (float, 0.5)]
+    weight = KLWeight(num_examples=numpy.int64(5), warmup_steps=numpy.uint8(2), max_weight=Fraction(1, 2))
+    assert values_of(weight, 3) == values_of(KLWeight(num_examples=5, warmup_steps=2, max_weight=0.5), 3)
 
 
 # The weight of the KL
@@ -302,6 +315,11 @@ def test_the_state_resumes_the_ramp():
         ({"num_examples": [1, 2]}, TypeError, "num_examples is a list, expected an int"),
         ({"per_parameter": 5}, TypeError, r"per_parameter is a int, expected an nn\.Module"),
         ({"per_parameter": nn.LayerNorm(2)}, ValueError, "per_parameter is a model without KL layers.*Remedy"),
+        ({"num_examples": 10**400}, ValueError, r"num_examples is 1000000\d*\.\.\., expected an int of 64 bits"),
+        ({"num_examples": numpy.ones(2)}, TypeError, "num_examples is a ndarray, expected an int"),
+        ({"num_examples": 5, "warmup_steps": 10**5000}, ValueError, "warmup_steps is a int of thousands of digits"),
+        ({"num_examples": 5, "max_weight": 10**400}, ValueError, "max_weight is 1000000.*, expected a finite number"),
+        ({"num_examples": 5, "device": ["cpu"]}, TypeError, "device"),
         ({"num_examples": 5, "warmup_steps": -1}, ValueError, "warmup_steps is -1, expected 0 or more"),
         ({"num_examples": 5, "warmup_steps": 0.1}, TypeError, "warmup_steps is a float, expected an int"),
         ({"num_examples": 5, "max_weight": -1.0}, ValueError, "max_weight is -1.0, expected .* 0 or more"),
@@ -315,6 +333,7 @@ def test_kl_weight_explains_what_is_wrong(options, error, message):
 
 @pytest.mark.parametrize(
     ("state", "error"), [({}, ValueError), ({"step": 3}, ValueError), (3, ValueError), ({"steps": -1}, ValueError),
+                         ({"steps": 10**400}, ValueError), ({"step": 10**5000}, ValueError),
                          ({"steps": 1.5}, TypeError)]
 )  # fmt: skip
 def test_a_state_of_something_else_is_refused(state, error):
