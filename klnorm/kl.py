@@ -4,7 +4,7 @@ import weakref
 
 import torch
 
-from . import checks, finite
+from . import checks, covered, finite
 from .sharded import is_sharded, whole
 
 
@@ -94,7 +94,9 @@ def kl_divergence(model, *, check_finite=None):
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: the divergence of a layer is not finite, or a KLConditionalLayerNorm has not sampled yet.
+        ValueError: the divergence of a layer is not finite; a KLConditionalLayerNorm has not sampled yet; accelerate has
+            offloaded a layer, or the model is on the meta device in part; a layer in training mode has a forward that
+            another library put into it, so that it does not sample.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
@@ -108,12 +110,19 @@ def kl_divergence(model, *, check_finite=None):
         return torch.zeros((), device=None if parameter is None else parameter.device)
     parts, names, others = [], [], []
     for name, layer in layers.items():
+        is_covered = "forward" in layer.__dict__
+        if is_covered:
+            covered.check_not_offloaded(name, layer)
         kl = layer._take_kl()
-        if kl is None:
-            others += layer.kl_terms()
-        else:
+        if kl is not None:  # so its forward ran
             parts.append(kl)
             names.append(name)
+            continue
+        if is_covered:
+            covered.check_forward(name, layer)
+        others += layer.kl_terms()
+    if others:
+        covered.check_not_split(layers)
     parts = [whole(part) for part in parts + closed_form(others)]
     parts = [part.to(parts[0].device) for part in parts]
     if torch.compiler.is_compiling() or checks.transforming():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import checks
+from . import checks, covered
 from .kl import kl_layers
 from .reference.kl_norm import kl_deterministic, kl_normal, softplus
 from .sharded import whole
@@ -152,8 +152,8 @@ def summary(model, *, threshold=0.01):
 
     Raises:
         TypeError: `model` is not an nn.Module, or `threshold` is not a number.
-        ValueError: `threshold` is out of range, `model` has no KL layer, or a layer is on the meta device or has
-            values that are not finite.
+        ValueError: `threshold` is out of range, `model` has no KL layer, or a layer is on the meta device, offloaded by
+            accelerate or not, or has values that are not finite.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4), nn.LayerNorm(4)))
@@ -222,11 +222,7 @@ def _tensors(name, layer, part):
     tensors = layer.posterior_and_prior()._asdict()
     tensors = {key: tensors[key] for key in keys if tensors[key] is not None}
     for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ValueError(
-                f"{key} of layer {_quote(name)} is on the meta device, expected one that holds values. "
-                "Remedy: model.to_empty(device=...), then load a checkpoint."
-            )
+        covered.check_not_absent(name, layer, key, tensor)
     return {key: whole(tensor) for key, tensor in tensors.items()}
 
 
@@ -241,10 +237,6 @@ def _reduce(features, threshold):
 def _explain(name, layer, part):
     what = checks.describe_not_finite(_tensors(name, layer, part).items())
     return (
-        f"the {part} of layer {_quote(name)} has values that are not finite: {what}. "
+        f"the {part} of layer {covered.shown(name)} has values that are not finite: {what}. "
         "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
     )
-
-
-def _quote(name):
-    return repr(name or "(the model itself)")
