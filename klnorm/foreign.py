@@ -47,7 +47,9 @@ class KLForeignNorm(KLNorm):
         del self._convention
 
     def _shape_and_eps(self):
-        return tuple(self.weight.shape), getattr(self, self._convention.eps_name)
+        weight = self._parameters.get("weight")  # the attribute is a Proxy under torch.fx
+        shape = (self.weight if weight is None else weight).shape
+        return tuple(shape), getattr(self, self._convention.eps_name)
 
     def _standard(self, name):
         return super()._standard(name) - (self._convention.offset if name == "weight" else 0)

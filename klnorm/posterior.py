@@ -149,8 +149,8 @@ class KLNorm(nn.Module):
 
     def _evaluate(self, x):
         dtype, weight = getattr(x, "dtype", None), self.weight
-        alike = weight is not None and dtype == weight.dtype
-        if alike and (dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)):
+        alike = weight is not None and dtype is weight.dtype
+        if alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type)):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
                 inputs.check_input(x, self.normalized_shape)
             inputs.check_device("weight", weight, x)

@@ -210,3 +210,40 @@ def test_a_decorated_forward_of_a_subclass_is_its_own():
     layer = Timed(N)
     add_hook_to_module(layer, accelerate.hooks.ModelHook())
     assert kl_divergence(layer).item() > 0
+
+
+class LeafTracer(torch.fx.Tracer):
+    """Does not look into KL layers."""
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, klnorm.posterior.KLNorm) or super().is_leaf_module(module, name)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_torch_fx_is_told_to_restore_first(norm, training):
+    model, x = nn.Sequential(nn.Linear(4, N), norm(N), nn.Linear(N, 2)), torch.randn(3, 4)
+    replace_rms_norm(model) if norm is nn.RMSNorm else replace_layer_norm(model)
+    expected = model.eval()(x)
+    with pytest.raises(TypeError, match=r"x is a Proxy of torch\.fx.*Remedy: klnorm\.restore_layer_norm\(model\)"):
+        torch.fx.symbolic_trace(model.train(training))
+    traced = torch.fx.GraphModule(model, LeafTracer().trace(model))
+    assert torch.equal(traced(x), traced(x)) != training
+    assert torch.equal(traced.eval()(x), expected)
+    (klnorm.restore_rms_norm if norm is nn.RMSNorm else klnorm.restore_layer_norm)(model)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+
+
+def test_torch_fx_looks_into_an_rms_norm_of_another_library_in_evaluation():
+    model, x = replace_rms_norm(nn.Sequential(nn.Linear(4, N), Rms())).eval(), torch.randn(3, 4)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    with pytest.raises(TypeError, match=r"x is a Proxy of torch\.fx.*restore_rms_norm"):
+        torch.fx.symbolic_trace(model.train())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_torch_fx_takes_a_conditional_layer_as_a_leaf(training):
+    model, x = nn.Sequential(nn.Linear(4, N), KLConditionalLayerNorm(N)).train(training), torch.randn(3, 4)
+    with pytest.raises(TypeError, match=r"x is a Proxy of torch\.fx.*is_leaf_module"):
+        torch.fx.symbolic_trace(model)
+    assert torch.fx.GraphModule(model, LeafTracer().trace(model))(x).shape == (3, N)
