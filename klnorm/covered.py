@@ -55,6 +55,6 @@ def check_forward(name, layer):
     if layer.training and layer.posterior == "sampled" and getattr(forward, "__func__", forward) is not own:
         raise ValueError(
             f"layer {shown(name)} is in training mode with a forward that another library put into it, expected its "
-            "own: nothing is sampled, so there is no KL divergence to charge. Remedy: del layer.forward; a wrapper that "
-            "calls the layer's own is known by functools.wraps(layer.forward)."
+            "own: nothing is sampled, so there is no KL divergence to charge. Remedy: del layer.forward; or, where it "
+            "calls the layer's own, make it with functools.wraps(layer.forward)."
         )

@@ -94,9 +94,9 @@ def kl_divergence(model, *, check_finite=None):
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: the divergence of a layer is not finite; a KLConditionalLayerNorm has not sampled yet; accelerate has
-            offloaded a layer, or the model is on the meta device in part; a layer in training mode has a forward that
-            another library put into it, so that it does not sample.
+        ValueError: the divergence of a layer is not finite; a KLConditionalLayerNorm has not sampled yet; a layer is
+            offloaded by accelerate, or on the meta device while others are not; a layer in training mode does not
+            sample, for a forward that another library put into it.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
@@ -186,6 +186,17 @@ def kl_layers(model):
             if key not in posteriors:
                 posteriors[key] = posterior  # held, as a parametrized one is made anew and its id would be free again
                 layers[name] = module
+    return layers
+
+
+def some_kl_layers(model, why):
+    """`kl_layers(model)`; raise where there are none, `why` saying what that would mean."""
+    layers = kl_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model has no KL layer, expected at least one: {why}. "
+            "Remedy: klnorm.replace_layer_norm(model) or klnorm.replace_rms_norm(model) first."
+        )
     return layers
 
 

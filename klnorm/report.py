@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from . import checks, covered
-from .kl import kl_layers
+from .kl import some_kl_layers
 from .reference.kl_norm import kl_deterministic, kl_normal, softplus
 from .sharded import whole
 
@@ -171,12 +171,7 @@ def summary(model, *, threshold=0.01):
         2.545
     """
     checks.check_positive("threshold", threshold)
-    layers = kl_layers(model)
-    if not layers:
-        raise ValueError(
-            "model has no KL layer, expected at least one: there is no posterior to look at. "
-            "Remedy: klnorm.replace_layer_norm(model) first."
-        )
+    layers = some_kl_layers(model, "there is no posterior to look at")
     parts = _parts(layers, threshold)
     rows = {name: Row(parts[name, "scale"], parts.get((name, "shift"))) for name in [*layers, None]}
     return Summary(total=rows.pop(None), layers=rows, threshold=float(threshold))

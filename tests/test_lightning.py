@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from klnorm import KLLayerNorm, kl_divergence, replace_layer_norm
+from klnorm import KLLayerNorm, kl_divergence, replace_layer_norm, restore_layer_norm
 from klnorm.integrations.lightning import KLCallback
 from klnorm.training import KLWeight, param_groups
 
@@ -190,6 +190,16 @@ def test_resuming_continues_bit_for_bit(tmp_path):
     fit(resumed, examples, tmp_path, by_resuming, checkpoint, max_epochs=2)
     assert whole.kl_weight.steps == by_resuming.kl_weight.steps == 6
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_model_without_kl_layers_is_refused_in_training(tmp_path):
+    model, callback = Classifier(), KLCallback(weight())
+    restore_layer_norm(model)
+    with pytest.raises(ValueError, match=r"model has no KL layer.*would be 0.*Remedy: klnorm\.replace_layer_norm"):
+        fit(model, data(BATCH), tmp_path, callback)
+    replace_layer_norm(model)
+    fit(model, data(BATCH), tmp_path, callback)
+    assert callback.kl_weight.steps > 0
 
 
 def test_the_callback_explains_what_is_wrong():

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from klnorm import KLLayerNorm, kl_divergence, replace_layer_norm
+from klnorm import KLLayerNorm, kl_divergence, replace_layer_norm, restore_layer_norm
 from klnorm.integrations.transformers import KLTrainer, KLTrainerMixin
 from klnorm.training import KLWeight, param_groups
 
@@ -335,6 +336,27 @@ def test_a_data_set_without_length_needs_a_weight(tmp_path):
     trainer = KLTrainer(tiny_bert(), options, train_dataset=Stream(), kl_weight=KLWeight(num_examples=8))
     trainer.train()
     assert [entry["kl_weight"] for entry in training_logs(trainer)] == [1 / 8] * 2
+
+
+def test_a_model_without_kl_layers_is_evaluated_but_not_trained(tmp_path):
+    trained = examples(4)
+    trainer = KLTrainer(restore_layer_norm(tiny_bert()), arguments(tmp_path), train_dataset=trained)
+    assert trainer.evaluate(trained)["eval_loss"] > 0
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(ValueError, match=r"model has no KL layer.*would be 0.*Remedy: klnorm\.replace_layer_norm"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    replace_layer_norm(trainer.model)
+    trainer.train()
+    assert training_logs(trainer)[0]["kl"] > 0
+
+
+def test_the_kl_layers_of_a_peft_model_and_of_model_init_are_found(tmp_path):
+    wrapped = peft.get_peft_model(tiny_bert(), peft.LoraConfig(target_modules=["query"], modules_to_save=["LayerNorm"]))
+    for given in {"model": wrapped}, {"model_init": lambda: tiny_bert()}:
+        trainer = KLTrainer(args=arguments(tmp_path), train_dataset=examples(4), **given)
+        trainer.train()
+        assert training_logs(trainer)[0]["kl"] > 0
 
 
 @pytest.mark.parametrize(

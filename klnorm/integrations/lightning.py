@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch import Callback
 
-from ..kl import kl_divergence, kl_layers
+from ..kl import kl_divergence, kl_layers, some_kl_layers
 from ..training import KLWeight
 
 
@@ -20,7 +20,8 @@ class KLCallback(Callback):
 
     Raises:
         TypeError: `kl_weight` is not a KLWeight.
-        ValueError: in training, for a fused optimizer under a gradient scaler: its gradients are still scaled.
+        ValueError: in training, for a model without KL layers, and for a fused optimizer under a gradient scaler: its
+            gradients are still scaled.
 
     Example:
         >>> from lightning.pytorch import LightningModule, Trainer
@@ -48,6 +49,9 @@ class KLCallback(Callback):
                 "Remedy: klnorm.KLWeight(num_examples=len(train_set))."
             )
         self.kl_weight = kl_weight
+
+    def on_train_start(self, trainer, pl_module):
+        some_kl_layers(pl_module, "the KL divergence to train with would be 0")
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}

@@ -5,7 +5,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from .. import checks
-from ..kl import kl_divergence
+from ..kl import kl_divergence, some_kl_layers
 from ..training import KLWeight, param_groups
 
 
@@ -34,8 +34,8 @@ class KLTrainerMixin:
 
     Raises:
         TypeError: `kl_weight` is not a KLWeight, `rho_lr` not a number.
-        ValueError: `rho_lr` is not above 0. In training: there is no `kl_weight` and no length of `train_dataset`, or
-            `optim` names an optimizer that groups parameters itself, such as GaLore.
+        ValueError: `rho_lr` is not above 0. In training: the model has no KL layers, there is no `kl_weight` and no
+            length of `train_dataset`, or `optim` names an optimizer that groups parameters itself, such as GaLore.
 
     Example:
         >>> import tempfile
@@ -61,6 +61,7 @@ class KLTrainerMixin:
             kl_weight = KLWeight(num_examples=len(self.train_dataset))
         self.kl_weight, self.rho_lr = kl_weight, rho_lr
         self._kl_logs = {}
+        self.add_callback(_RequireKLLayers())
         if kl_weight is not None:
             self.add_callback(_FollowGlobalStep(kl_weight))
 
@@ -133,6 +134,13 @@ class _FollowGlobalStep(TrainerCallback):
         self.kl_weight.load_state_dict({"steps": state.global_step})
 
     on_step_end = on_train_begin
+
+
+class _RequireKLLayers(TrainerCallback):
+    """Raises before a training that would have no KL; evaluation needs none."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        some_kl_layers(model, "the KL divergence in the loss would be 0")
 
 
 def _check_groupable(cls, kwargs):
