@@ -108,22 +108,9 @@ def kl_divergence(model, *, check_finite=None):
     if not layers:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=None if parameter is None else parameter.device)
-    parts, names, others = [], [], []
-    for name, layer in layers.items():
-        is_covered = "forward" in layer.__dict__
-        if is_covered:
-            covered.check_not_offloaded(name, layer)
-        kl = layer._take_kl()
-        if kl is not None:  # so its forward ran
-            parts.append(kl)
-            names.append(name)
-            continue
-        if is_covered:
-            covered.check_forward(name, layer)
-        others += layer.kl_terms()
-    if others:
-        covered.check_not_split(layers)
-    parts = [whole(part) for part in parts + closed_form(others)]
+    taken, others = _take_all(layers)
+    names, parts = list(taken), [*taken.values(), *closed_form(others)]
+    parts = [whole(part) for part in parts]
     parts = [part.to(parts[0].device) for part in parts]
     if torch.compiler.is_compiling() or checks.transforming():
         return torch.stack(parts).sum()
@@ -134,6 +121,25 @@ def kl_divergence(model, *, check_finite=None):
         else:
             finite.check_now(layers, total)
     return total
+
+
+def _take_all(layers):
+    """({name: KL divergence} of the layers whose last forward is at hand, the terms of all others)."""
+    taken, others = {}, []
+    for name, layer in layers.items():
+        is_covered = "forward" in layer.__dict__  # by accelerate or another library
+        if is_covered:
+            covered.check_not_offloaded(name, layer)
+        kl = layer._take_kl()
+        if kl is not None:  # so its own forward ran
+            taken[name] = kl
+            continue
+        if is_covered:
+            covered.check_forward(name, layer)
+        others += layer.kl_terms()
+    if others:
+        covered.check_not_split(layers)
+    return taken, others
 
 
 class _Total(torch.autograd.Function):
