@@ -91,12 +91,16 @@ def test_a_wrong_argument_is_no_runtime_error(x, error, compiled, training):
         (torch.compile(layer, backend="eager") if compiled else layer)(x)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torch_jit_takes_a_restored_model():
     model, x = replace_layer_norm(nn.Sequential(nn.Linear(4, N), nn.LayerNorm(N))), torch.randn(3, 4)
     expected = model.eval()(x)
+    assert torch.equal(torch.jit.trace(model, x)(x), expected)
     with pytest.raises(RuntimeError):
         torch.jit.script(model)
-    restore_layer_norm(model)
+    with pytest.raises(RuntimeError):
+        torch.jit.trace(model.train(), x)
+    restore_layer_norm(model).eval()
     assert torch.equal(torch.jit.script(model)(x), expected)
     assert torch.equal(torch.jit.trace(model, x)(x), expected)
 
