@@ -18,6 +18,12 @@ def check_tensor(name, value):
 
 def check_input(x, shape):
     """Raise unless `x` is a floating-point tensor (..., *shape) that klnorm can read."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "x is a Proxy of torch.fx, expected a torch.Tensor: symbolic tracing cannot look into a KL layer. Remedy: "
+            "klnorm.restore_layer_norm(model) or klnorm.restore_rms_norm(model) first; or a Tracer of which KL layers "
+            "are leaves (is_leaf_module)."
+        )
     check_tensor("x", x)
     if not isinstance(shape, tuple):
         raise TypeError(

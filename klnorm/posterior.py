@@ -40,7 +40,7 @@ class KLNorm(nn.Module):
         self._last_kl = LastKL()
         self._sampling = False  # in evaluation mode, see `klnorm.sampling`
         self._shortcut_guard = None
-        sampled = posterior == "sampled"
+        sampled = self.posterior == "sampled"
         for name in self._means:
             mean = getattr(self, name)
             with_rho, with_prior = mean is not None and sampled, mean is not None and (sampled or name == "bias")
