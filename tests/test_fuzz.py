@@ -119,7 +119,11 @@ def judge(z, shape, parameters, options, dy, dsum, dkl):
     """y, kl and gradients by name in fp64; z: x, or the sum of x and the residual as it was rounded."""
     leaves = {"z": z, **parameters}
     leaves = {n: None if t is None else t.detach().double().requires_grad_() for n, t in leaves.items()}
-    y, kl = reference.kl_layer_norm(leaves["z"], shape, *[leaves[name] for name in PARAMETERS], **options)
+    options, rms = {n: option for n, option in options.items() if n != "rms"}, options.get("rms")
+    function, names = (
+        (reference.kl_rms_norm, PARAMETERS[::2]) if rms else (reference.kl_layer_norm, PARAMETERS)
+    )  # weight and weight_rho
+    y, kl = function(leaves["z"], shape, *[leaves[name] for name in names], **options)
     present = {n: t for n, t in leaves.items() if t is not None}
     gradients = torch.autograd.grad((y, kl), list(present.values()), (dy.double(), dkl.double()))
     dz, *others = gradients
