@@ -52,7 +52,7 @@ def check_not_negative(name, value):
 
 def as_integer(name, value, *, at_least=None):
     """`value`, any integer of 64 bits, as an int."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not _is_integer(value):
         raise TypeError(f"{name} is a {type(value).__name__}, expected an int.")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} is {shown(value)}, expected {at_least} or more.")
@@ -95,14 +95,14 @@ def check_generator(generator):
 def as_shape(normalized_shape):
     """`normalized_shape` as a tuple of positive ints."""
     shape, expected = normalized_shape, "expected a positive int or a non-empty sequence of them"
-    if isinstance(shape, Integral):
+    if _is_integer(shape):
         shape = (shape,)
-    elif not isinstance(shape, Iterable) or isinstance(shape, (str, bytes, bytearray, Mapping, Set)):
-        raise TypeError(f"normalized_shape is {shown(shape)}, a {type(shape).__name__}, {expected}.")
-    elif getattr(shape, "ndim", 1) != 1:
-        raise TypeError(f"normalized_shape is {shown(shape)}, which has {shape.ndim} dimensions, {expected}.")
+    elif not isinstance(shape, (tuple, list)):
+        unordered = not isinstance(shape, Iterable) or isinstance(shape, (str, bytes, bytearray, Mapping, Set))
+        if unordered or getattr(shape, "ndim", 1) == 0:  # which arrays may have, and are iterable all the same
+            raise TypeError(f"normalized_shape is {shown(shape)}, a {type(shape).__name__}, {expected}.")
     shape = tuple(shape)
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in shape):
+    if not all(map(_is_integer, shape)):
         raise TypeError(f"normalized_shape is {shown(normalized_shape)}, {expected}.")
     if not shape or not all(n > 0 for n in shape):
         raise ValueError(
@@ -187,6 +187,10 @@ def shown(value):
     except ValueError:  # Python prints no int of more than 4300 digits
         return f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _is_integer(value):
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _to_float(value):

@@ -112,9 +112,9 @@ def kl_layer_norm(
         >>> torch.allclose(y, F.layer_norm(x, (8,), weight, bias), atol=1e-6), abs(round(kl.item(), 5))
         (True, 0.0)
     """
-    parameters = Parameters(weight, bias, weight_rho, bias_rho, weight_prior, bias_prior)
-    settings = Settings("layer", posterior, noise, sample_dim, prior_std, eps)
-    return _check_and_normalize(x, residual, normalized_shape, parameters, settings, sample, seed, generator)
+    parameters, priors = (weight, bias, weight_rho, bias_rho), (weight_prior, bias_prior)
+    options = "layer", posterior, noise, sample_dim, prior_std, eps
+    return _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator)
 
 
 def kl_rms_norm(
@@ -156,36 +156,28 @@ def kl_rms_norm(
         >>> torch.equal(total, x + 1)
         True
     """
-    parameters = Parameters(weight, None, weight_rho, None, weight_prior, 0.0)
-    settings = Settings("rms", posterior, noise, sample_dim, prior_std, eps)
-    return _check_and_normalize(x, residual, normalized_shape, parameters, settings, sample, seed, generator)
+    parameters, priors = (weight, None, weight_rho, None), (weight_prior, 0.0)
+    options = "rms", posterior, noise, sample_dim, prior_std, eps
+    return _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator)
 
 
-def _check_and_normalize(x, residual, normalized_shape, parameters, settings, sample, seed, generator):
+def _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator):
     """What the functional forms return; looks at all that `normalize` does not, or for known calls not again."""
     inputs.check_tensor("x", x)
     shape = checks.as_shape(normalized_shape)
     checks.check_flag("sample", sample)
     inputs.check_seed(seed, x)
     inputs.check_generator(generator, x)
-    parameters, settings = _split_priors(parameters, settings)
-    settings = _plain(settings, shape, x)  # for known calls too, among which True would pass for 1
+    tensors = [prior.detach() if isinstance(prior, torch.Tensor) else None for prior in priors]
+    numbers = [0.0 if isinstance(prior, torch.Tensor) else prior for prior in priors]
+    parameters = Parameters(*parameters, *tensors)
+    settings = _plain((*options, *numbers), shape, x)  # for known calls too, among which True would pass for 1
     for name, tensor in zip(Parameters._fields, parameters, strict=True):
         if isinstance(tensor, torch.Tensor):
             inputs.check_layout(name, tensor)
     y, sum_, kl = normalize(x, residual, shape, parameters, settings, sample, seed, generator)
     _check_finite(kl, parameters)
     return (y, kl) if residual is None else (y, sum_, kl)
-
-
-def _split_priors(parameters, settings):
-    """Prior means that are tensors among the `Parameters`, without gradient, the others among the `Settings`."""
-    tensors, values = {}, {}
-    for name in "weight_prior", "bias_prior":
-        prior = getattr(parameters, name)
-        is_tensor = isinstance(prior, torch.Tensor)
-        tensors[name], values[name] = (prior.detach(), 0.0) if is_tensor else (None, prior)
-    return parameters._replace(**tensors), settings._replace(**values)
 
 
 _known = {}  # calls that have been checked -> their Spec
@@ -237,7 +229,7 @@ def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, g
 
 
 def _plain(settings, shape, x):
-    """`Settings` with plain numbers, that the arithmetic on `x` can hold; raise unless they are valid."""
+    """`settings`, if valid, as `Settings` with plain numbers, which the arithmetic on `x` can hold."""
     kind, posterior, noise, sample_dim, prior_std, eps, *values = settings
     checks.check_posterior(posterior)
     checks.check_noise(noise)
