@@ -148,6 +148,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
                 The summary of a sample without such rows is 0. The other rows are normalized all the same.
         """
         inputs.check_input(x, self.normalized_shape)
+        inputs.check_device("weight", self.weight, x)
         dim = inputs.resolve_sample_dim(x, len(self.normalized_shape), self.sample_dim)
         alone = x.dim() == len(self.normalized_shape)
         samples = (x.unsqueeze(0) if alone else x).movedim(dim, 0)

@@ -96,9 +96,10 @@ def kl_layer_norm(
         index.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message says which,
-            what came, what was expected and what to do. Also for a `generator` where activation checkpointing repeats
-            the call, and on the CPU for a KL divergence that is not finite.
+        TypeError, ValueError: an argument of the wrong type, dtype, layout, shape, device or range, whether the mode
+            uses it or not; the message says which, what came, what was expected and what to do. Numbers are any real
+            ones that are finite in fp32 (fp64 for fp64 `x`), flags are bools. Also for a `generator` where activation
+            checkpointing repeats the call, and on the CPU for a KL divergence that is not finite.
 
     Example:
         >>> x, weight, bias = torch.randn(4, 5, 8), torch.ones(8), torch.zeros(8)

@@ -46,7 +46,8 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
             weight_prior is None in the deterministic reading.
 
     Raises:
-        TypeError, ValueError: as `klnorm.functional.kl_layer_norm`, and for elementwise_affine=False.
+        TypeError, ValueError: as `klnorm.functional.kl_layer_norm`, and for elementwise_affine=False. Options are
+            checked when the layer is made; an `init_std` has to be finite in the parameters' dtype.
 
     Example:
         >>> layer = klnorm.KLLayerNorm(8, noise="token")

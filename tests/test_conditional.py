@@ -795,6 +795,7 @@ def _mask(*shape, dtype=torch.bool, device="cpu"):
         ("self", {"mask": _mask(4, 5).to_sparse()}, TypeError, r"mask has layout torch.sparse_coo.*mask\.to_dense\(\)"),
         ("self", {"mask": _mask(4)}, ValueError, r"mask has shape \(4,\), expected \(4, 5\)"),
         ("self", {"mask": _mask(4, 5, device="meta")}, ValueError, "mask is on meta, expected cpu"),
+        ("self", {"x": torch.zeros(4, 5, N, device="meta")}, ValueError, "weight is on cpu, expected meta"),
         ("self", {"x": torch.zeros(0, 5, N)}, ValueError, r"x has shape \(0, 5, 6\), expected one sample or more"),
         ("self", {"x": torch.zeros(65536, N)}, ValueError, "65536 groups, expected 1 to 65535"),
         ("self", {"x": torch.zeros(4, 5, 7)}, ValueError, r"x has shape \(4, 5, 7\), expected \(\.\.\., 6\)"),

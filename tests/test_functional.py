@@ -280,6 +280,17 @@ def test_fp64_input_has_the_range_of_fp64():
         call(tensors, eps=10**400)
 
 
+def test_the_remedies_for_other_layouts_work():
+    good = {**make(leading=(3,), shape=(2, 3), dtype=torch.float32), "normalized_shape": (2, 3), "seed": seed_of(5)}
+    expected = kl_layer_norm(**{**good, "bias": torch.zeros(2, 3)})
+    mkldnn = torch.zeros(2, 3).to_mkldnn()
+    for other, remedy in (mkldnn, mkldnn.to_dense()), (_nested(), _nested().to_padded_tensor(0.0)):
+        with pytest.raises(TypeError, match=r"bias (has layout|is a nested).*Remedy: bias\.to_(dense|padded_tensor)"):
+            kl_layer_norm(**{**good, "bias": other})
+        found = kl_layer_norm(**{**good, "bias": remedy})
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", ["weight", "bias", "weight_prior", "residual", "x", "seed"])
 def test_the_remedy_for_a_layout_works(name):
     good = {
