@@ -135,11 +135,18 @@ def check_dtype(dtype):
         raise TypeError(f"dtype is {dtype}, expected one of {FLOAT_NAMES}.")
 
 
-def as_options(dtype, *, noise, sample_dim, init_std, prior_std, generator, posterior):
+def check_out_dtype(out_dtype):
+    """Raise unless `out_dtype` is None or a dtype that y can have."""
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype in FLOATS):
+        raise TypeError(f"out_dtype is {shown(out_dtype)}, expected None for the dtype of x, or one of {FLOAT_NAMES}.")
+
+
+def as_options(dtype, *, noise, sample_dim, init_std, prior_std, generator, posterior, out_dtype):
     """The options by name of a layer with parameters of `dtype`, as plain numbers; raise unless they are valid."""
     check_noise(noise)
     check_posterior(posterior)
     check_generator(generator)
+    check_out_dtype(out_dtype)
     return {
         "noise": noise,
         "sample_dim": as_integer("sample_dim", sample_dim),
@@ -147,6 +154,7 @@ def as_options(dtype, *, noise, sample_dim, init_std, prior_std, generator, post
         "prior_std": as_number("prior_std", prior_std, above=0),
         "generator": generator,
         "posterior": posterior,
+        "out_dtype": out_dtype,
     }
 
 

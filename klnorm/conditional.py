@@ -46,7 +46,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         normalized_shape: int or sequence of ints, N their product.
         condition: "self", or the width C of the tensor that the caller passes to every forward.
         rank: of U V, >= 1.
-        eps, bias, device, dtype, noise, init_std, prior_std, generator: as for `KLLayerNorm`.
+        eps, bias, device, dtype, noise, init_std, prior_std, generator, out_dtype: as for `KLLayerNorm`.
         sample_dim: dimension of the input that counts samples, for conditions as for noise. For another one than 0 x
             is read through a transposed copy, the output is a transposed view, and noise="token" numbers the rows
             sample by sample.
@@ -97,6 +97,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         init_std=0.05,
         prior_std=0.1,
         generator=None,
+        out_dtype=None,
     ):
         if isinstance(condition, str):
             checks.check_name("condition", condition, ("self",), " or an int, the width of a tensor")
@@ -109,7 +110,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
-            posterior="sampled",
+            posterior="sampled", out_dtype=out_dtype,
         )  # fmt: skip
         self.condition, self.rank = condition, rank
         self._last_condition = _LastCondition()
@@ -198,7 +199,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         weight, weight_rho, *shift = (p.squeeze(0) for p in each.unflatten(2, self.normalized_shape))
         bias, bias_rho = shift or (None, None)
         parameters = Parameters(weight, bias, weight_rho, bias_rho, self.weight_prior, self.bias_prior)
-        settings = Settings("layer", "sampled", self.noise, 0, self.prior_std, self.eps)
+        settings = Settings("layer", "sampled", self.noise, 0, self.prior_std, self.eps, self.out_dtype)
         y, _, kl = normalize(
             samples, None, self.normalized_shape, parameters, settings, sampling, generator=self.generator
         )

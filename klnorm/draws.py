@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import inputs
 from .blocks import LOCK
+from .inputs import resolve_sample_dim
 from .posterior import KLNorm
 from .reference.kl_norm import draw_layout
 
@@ -106,7 +106,7 @@ def _check_draws(name, layer, x, inputs):
     n_normalized = len(layer._shape_and_eps()[0])
     sample_dim = layer.sample_dim
     if layer.noise == "sample":
-        sample_dim = inputs.resolve_sample_dim(x, n_normalized, sample_dim)
+        sample_dim = resolve_sample_dim(x, n_normalized, sample_dim)
     draws, _ = draw_layout(x.shape, n_normalized, layer.noise, sample_dim)
     if draws % inputs:
         raise ValueError(

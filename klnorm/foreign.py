@@ -12,7 +12,7 @@ from torch import nn
 
 from .posterior import SETTINGS, KLNorm
 from .spec import Parameters
-from .trial import try_out
+from .trial import answers, try_out
 
 _COMPUTE = {
     "LayerNorm": F.layer_norm,
@@ -24,13 +24,14 @@ _OTHERS = nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd,
 
 class Convention(NamedTuple):
     """How a class writes the norm `kind`, "LayerNorm" or "RMSNorm": y = (offset + weight) * xhat, + bias where there is
-    a shift; and the name of its attribute with eps.
+    a shift; and the name of its attribute with eps. `answers`: see `trial.answers`.
     """
 
     kind: str
     offset: int
     shift: bool
     eps_name: str
+    answers: dict
 
 
 class KLForeignNorm(KLNorm):
@@ -55,7 +56,14 @@ class KLForeignNorm(KLNorm):
         return super()._standard(name) - (self._convention.offset if name == "weight" else 0)
 
     def _evaluate(self, x):
-        return super(KLNorm, self).forward(x)
+        y = super(KLNorm, self).forward(x)
+        return y if self.out_dtype is None else y.to(self.out_dtype)
+
+    def _out_dtype(self, x):
+        """That in which the layer's own class answers, unless another one is asked for."""
+        if self.out_dtype is not None:
+            return self.out_dtype
+        return self._convention.answers.get(getattr(x, "dtype", None), {}).get(self.weight.dtype)
 
     def _in_use(self, held):
         offset = self._convention.offset
@@ -151,7 +159,7 @@ def convention(module):
                 continue
             for offset in 0, 1:
                 if trial.gave(compute(trial.x, shape, offset + trial.weight, trial.bias, eps)):
-                    return Convention(kind, offset, trial.bias is not None, eps_name)
+                    return Convention(kind, offset, trial.bias is not None, eps_name, answers(module))
     return None
 
 

@@ -34,9 +34,11 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
             or parameters of its own. weight plays the deviation, so choose a `prior_std` of the size that weights
             have, about 1: the default of 0.1, meant for the sampled reading, would pull them all to 0.1. `noise`,
             `sample_dim`, `init_std` and `generator` have no effect then.
+        out_dtype: floating dtype of the output; that of the input if None.
 
     Shape:
-        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype.
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
+        or `out_dtype`.
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
@@ -75,6 +77,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
         prior_std=0.1,
         generator=None,
         posterior="sampled",
+        out_dtype=None,
     ):
         _check_affine(elementwise_affine, "LayerNorm")
         checks.check_flag("bias", bias)
@@ -83,7 +86,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
         super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
-            posterior=posterior,
+            posterior=posterior, out_dtype=out_dtype,
         )  # fmt: skip
 
 
@@ -98,12 +101,13 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         eps: added to the mean square, >= 0; None as in nn.RMSNorm.
         elementwise_affine: must be True: the layer is about the scale.
         device, dtype: of the parameters.
-        noise, sample_dim, init_std, prior_std, generator: as for `KLLayerNorm`.
+        noise, sample_dim, init_std, prior_std, generator, out_dtype: as for `KLLayerNorm`.
         posterior: "sampled" or "deterministic", as for `KLLayerNorm`. There is no shift, so the deterministic KL is
             that of :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
 
     Shape:
-        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype.
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
+        or `out_dtype`.
 
     Parameters:
         weight: posterior mean. weight_rho: deviation before softplus, None in the deterministic reading.
@@ -141,6 +145,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         prior_std=0.1,
         generator=None,
         posterior="sampled",
+        out_dtype=None,
     ):
         _check_affine(elementwise_affine, "RMSNorm")
         checks.check_dtype(dtype)
@@ -148,7 +153,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         super().__init__(checks.as_shape(normalized_shape), eps, True, device, dtype)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
-            posterior=posterior,
+            posterior=posterior, out_dtype=out_dtype,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from .reference.kl_norm import kl_deterministic, kl_normal
 from .spec import Parameters
 
 SETTINGS = (
-    "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior",
+    "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior", "out_dtype",
     "_last_kl", "_sampling", "_shortcut_guard",
 )  # fmt: skip
 
@@ -133,7 +133,10 @@ class KLNorm(nn.Module):
             self._shortcut_guard = None
 
     def forward(self, x):
-        """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode."""
+        """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode.
+
+        In the dtype of `x`, unless the layer has an `out_dtype`.
+        """
         if not (self.training or self._sampling):
             return self._evaluate(x)
         compiling, held = torch.compiler.is_compiling(), self._held()
@@ -141,7 +144,8 @@ class KLNorm(nn.Module):
             self._last_kl.forget()
         shape, eps = self._shape_and_eps()
         kind = "rms" if self._is_rms else "layer"
-        settings = Settings(kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps)
+        out_dtype = self._out_dtype(x)
+        settings = Settings(kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype)
         y, _, kl = normalize(x, None, shape, self._in_use(held), settings, True, generator=self.generator)
         if not compiling:
             self._last_kl.remember(kl, held, self.prior_std)
@@ -149,7 +153,7 @@ class KLNorm(nn.Module):
 
     def _evaluate(self, x):
         dtype, weight = getattr(x, "dtype", None), self.weight
-        alike = weight is not None and dtype is weight.dtype
+        alike = weight is not None and dtype is weight.dtype and self.out_dtype in (None, dtype)
         if alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type)):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
                 inputs.check_input(x, self.normalized_shape)
@@ -158,8 +162,13 @@ class KLNorm(nn.Module):
         # Of mixed dtypes, which torch refuses or answers in fp32: the norm of the means is the deterministic reading.
         shape, eps = self._shape_and_eps()
         means = Parameters(weight, self.bias, None, None, None, None)
-        settings = Settings("rms" if self._is_rms else "layer", "deterministic", "batch", 0, self.prior_std, eps)
+        kind = "rms" if self._is_rms else "layer"
+        settings = Settings(kind, "deterministic", "batch", 0, self.prior_std, eps, self.out_dtype)
         return normalize(x, None, shape, means, settings, sample=False)[0]
+
+    def _out_dtype(self, x):
+        """The dtype of y where the layer samples, None for that of `x`."""
+        return self.out_dtype
 
     def _held(self):
         """The `Parameters` as the layer holds them."""
@@ -246,7 +255,8 @@ class KLNorm(nn.Module):
             ours = f"posterior='deterministic', prior_std={self.prior_std}"
         else:
             ours = f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
-        return ", ".join(part for part in (super().extra_repr(), ours) if part)
+        dtype = "" if self.out_dtype is None else f"out_dtype={self.out_dtype}"
+        return ", ".join(part for part in (super().extra_repr(), ours, dtype) if part)
 
 
 def _nothing(module, args):

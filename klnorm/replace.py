@@ -23,6 +23,7 @@ def replace_layer_norm(
     prior_std=0.1,
     generator=None,
     posterior="sampled",
+    out_dtype=None,
 ):
     """Turn the LayerNorms in `model` into KL layers, in place, whatever library they come from.
 
@@ -32,7 +33,7 @@ def replace_layer_norm(
     fp32 input in both modes: LayerNorm of the last dimensions, scaled with weight or 1 + weight. Its layers get a class
     of their own, a subclass of the one that they had: evaluation mode is the forward of that class, bit for bit.
     `weight`, `weight_rho` and `weight_prior` stay in the units of its weight, so that checkpoints fit; in training mode
-    the output has the dtype of the input.
+    the output has the dtype in which that class would answer.
 
     Each layer stays the same object with the same `weight` and `bias` parameters, hooks, training flag, dtype and
     device, so what refers to it keeps working, and layers that the model uses twice stay shared. The deviations are new
@@ -49,6 +50,7 @@ def replace_layer_norm(
         prior: where the prior is centred: "current" on the present weight and bias, and on those of a plain checkpoint
             loaded later, "standard" on 1 and 0.
         noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLLayerNorm`.
+        out_dtype: as for `KLLayerNorm`; where it is None, layers of other classes answer as these would.
 
     Returns:
         `model`.
@@ -75,7 +77,7 @@ def replace_layer_norm(
     """
     options = {
         "prior": prior, "noise": noise, "sample_dim": sample_dim, "init_std": init_std, "prior_std": prior_std,
-        "generator": generator, "posterior": posterior,
+        "generator": generator, "posterior": posterior, "out_dtype": out_dtype,
     }  # fmt: skip
     return _replace(model, LAYER_NORMS, filter_fn, options)
 
@@ -91,6 +93,7 @@ def replace_rms_norm(
     prior_std=0.1,
     generator=None,
     posterior="sampled",
+    out_dtype=None,
 ):
     """Turn the RMSNorms in `model` into KL layers, in place, whatever library they come from.
 
@@ -105,7 +108,7 @@ def replace_rms_norm(
             those that such a function chooses.
         prior: where the prior is centred: "current" on the present weight, and on that of a plain checkpoint loaded
             later, "standard" on a scale of 1.
-        noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLRMSNorm`.
+        noise, sample_dim, init_std, prior_std, generator, posterior, out_dtype: as for `replace_layer_norm`.
 
     Returns:
         `model`.
@@ -123,7 +126,7 @@ def replace_rms_norm(
     """
     options = {
         "prior": prior, "noise": noise, "sample_dim": sample_dim, "init_std": init_std, "prior_std": prior_std,
-        "generator": generator, "posterior": posterior,
+        "generator": generator, "posterior": posterior, "out_dtype": out_dtype,
     }  # fmt: skip
     return _replace(model, RMS_NORMS, filter_fn, options)
 

@@ -1,9 +1,12 @@
 """What the class of a norm computes, found by trying it out."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from .checks import FLOATS
 
 
 class Trial(NamedTuple):
@@ -46,6 +49,20 @@ def try_out(module, eps):
     parameters = {name: nn.Parameter(p) for name, p in (("weight", weight), ("bias", bias)) if p is not None}
     outputs = [_forward(module, training, parameters, x.clone()) for training in (False, True)]
     return Trial(x, weight, bias, outputs)
+
+
+@torch.no_grad()
+def answers(module):
+    """dtype of the input -> dtype of the parameters -> dtype in which the class answers, of those that it takes."""
+    shape, device = module.weight.shape, "cpu" if module.weight.is_meta else module.weight.device
+    names = [name for name in ("weight", "bias") if isinstance(getattr(module, name, None), torch.Tensor)]
+    found = {dtype: {} for dtype in FLOATS}
+    for dtype, of_parameters in itertools.product(FLOATS, FLOATS):
+        parameters = {n: nn.Parameter(torch.ones(shape, dtype=of_parameters, device=device)) for n in names}
+        y = _forward(module, True, parameters, torch.ones((1, *shape), dtype=dtype, device=device))
+        if isinstance(y, torch.Tensor):
+            found[dtype][of_parameters] = y.dtype
+    return found
 
 
 def _forward(module, training, parameters, x):

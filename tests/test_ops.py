@@ -54,7 +54,7 @@ def forward_arguments(device, mode, bias=True, tensor_prior=False, dtype=torch.f
     return (
         tensors["x"] if x is None else x, None, *(tensors.get(name) for name in NAMES[1:]), prior,
         prior if bias else None, None if mode == "none" else torch.tensor([7], device=device),
-        1.0, 0.0, 0.1, 1e-5, *layouts(mode), 1, False,
+        1.0, 0.0, 0.1, 1e-5, *layouts(mode), 1, False, None,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def backward_arguments(forward, with_dy=True, with_dkl=True, dy=None):
     (x, residual, *tensors), numbers = forward[:9], forward[9:]
     z, dsum = (x, None) if residual is None else (total, torch.randn_like(total))
     cotangents = dy if with_dy else None, dsum, torch.randn_like(kl) if with_dkl else None
-    return *cotangents, z, *tensors, statistics, *numbers
+    return *cotangents, z, *tensors, statistics, *numbers[:-1], x.dtype
 
 
 def opcheck(name, arguments):
@@ -82,7 +82,7 @@ def test_opcheck(device, mode, bias):
 @pytest.mark.parametrize("variant", ["rms", "residual", "deterministic", "groups", "all"])
 def test_opcheck_of_the_family(device, variant):
     x, residual, *tensors = forward_arguments(device, "none" if variant == "deterministic" else "sample")
-    *numbers, groups, _ = tensors[7:]
+    *numbers, groups, _, dtype = tensors[7:]
     weight, bias, weight_rho, bias_rho, *priors_and_seed = tensors[:7]
     if variant == "deterministic":
         weight_rho = bias_rho = None
@@ -98,7 +98,7 @@ def test_opcheck_of_the_family(device, variant):
         )
         (weight, bias, weight_rho, bias_rho), groups = parameters, 3
     parameters = weight, bias, weight_rho, bias_rho
-    forward = x, residual, *parameters, *priors_and_seed, *numbers, groups, variant in ("rms", "all")
+    forward = x, residual, *parameters, *priors_and_seed, *numbers, groups, variant in ("rms", "all"), dtype
     opcheck("norm_forward", forward)
     opcheck("norm_backward", backward_arguments(forward))
 
@@ -134,8 +134,8 @@ def test_opcheck_of_strided_tensors(device, mode):
 
 def test_opcheck_of_no_rows(device):
     forward = forward_arguments(device, "sample", leading=(0, 4))
-    opcheck("norm_forward", (*forward[:-4], 0, 4, 1, False))
-    backward = backward_arguments((*forward[:-4], 0, 4, 1, False))
+    opcheck("norm_forward", (*forward[:-5], 0, 4, 1, False, None))
+    backward = backward_arguments((*forward[:-5], 0, 4, 1, False, None))
     opcheck("norm_backward", backward)
 
 

@@ -97,6 +97,7 @@ def kl_layer_norm(
     generator=None,
     posterior="sampled",
     residual=None,
+    out_dtype=None,
 ):
     """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same results, nothing checked.
 
@@ -104,7 +105,7 @@ def kl_layer_norm(
     """
     parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
     draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
-    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, row_mean)
+    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, row_mean, out_dtype)
 
 
 def kl_rms_norm(
@@ -123,15 +124,16 @@ def kl_rms_norm(
     generator=None,
     posterior="sampled",
     residual=None,
+    out_dtype=None,
 ):
     """The specification of `klnorm.functional.kl_rms_norm`, likewise."""
     parameters = weight, None, weight_rho, None, weight_prior, 0.0
     draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
     eps = torch.finfo(accumulation_dtype(x)).eps if eps is None else eps
-    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, lambda rows: 0.0)
+    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, lambda rows: 0.0, out_dtype)
 
 
-def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, centre):
+def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, centre, out_dtype):
     """(y, kl), or (y, sum, kl) with a residual; `centre`: what is taken off the rows (M, N).
 
     Parameters may be (G, *normalized_shape): row r of M then has those of group r // (M / G), and kl is (G,).
@@ -149,7 +151,7 @@ def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, ce
 
     group = torch.arange(len(rows), device=x.device) // max(1, len(rows) // len(parameters[0]))
     w, b, w_rho, b_rho = (v if v is None else v[group] for v in parameters[:4])
-    y = _affine(xhat, w, b, w_rho, b_rho, x.shape, len(shape), *draw).reshape(x.shape).to(x.dtype)
+    y = _affine(xhat, w, b, w_rho, b_rho, x.shape, len(shape), *draw).reshape(x.shape).to(out_dtype or x.dtype)
     kl = kl if has_groups else kl[0]
     return (y, kl) if residual is None else (y, z, kl)
 
