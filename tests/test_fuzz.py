@@ -88,7 +88,7 @@ class Case:
 
 def functional_call(case):
     """(function, arguments by name, options of the reference)."""
-    options = {**case.options, **case.priors(), "sample": case.draw.random() < 0.8}
+    options = {**case.options, **case.priors(), "posterior": case.posterior, "sample": case.draw.random() < 0.8}
     options["seed"] = torch.randint(-(2**63), 2**63 - 1, (1,))
     arguments = {
         "x": case.x(), "residual": case.residual(), "normalized_shape": case.draw.choice(SEQUENCES)(case.shape),
@@ -110,7 +110,7 @@ def layer_call(case):
     with torch.no_grad():
         for tensor in (*layer.parameters(), *layer.buffers()):
             tensor.add_(torch.randn_like(tensor) * 0.3)
-    options = {**case.options, "sample": layer.training, "rms": case.kind == "rms"}
+    options = {**case.options, "posterior": case.posterior, "sample": layer.training, "rms": case.kind == "rms"}
     priors = {name: getattr(layer, name) for name in ("weight_prior", "bias_prior")}
     return layer, case.x(), {**options, **{name: prior for name, prior in priors.items() if prior is not None}}
 
