@@ -14,6 +14,7 @@ from .reference.kl_norm import (
     kl_deterministic,
     kl_normal,
     reciprocal_root,
+    residual_sum,
     row_mean,
     softplus,
 )
@@ -24,7 +25,7 @@ from .spec import Parameters
 def forward(x, residual, parameters, seed, spec):
     """(y, sum, kl, statistics) of `Parameters` and a `Spec`; statistics (M, 2): mean and rstd, (M, 1) for RMSNorm."""
     acc, rows = accumulation_dtype(x), spec.rows
-    z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype).contiguous()
+    z = x if residual is None else residual_sum(x, residual).contiguous()
     posteriors = _by_group(acc, parameters, spec)
     kl = [_kl(posterior, spec) for posterior in posteriors]
     kl = kl[0] if rows.groups == 1 else torch.stack(kl)

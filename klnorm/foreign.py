@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import inputs
 from .posterior import SETTINGS, KLNorm
+from .reference.kl_norm import residual_sum
 from .spec import Parameters
 from .trial import answers, try_out
 
@@ -55,15 +57,20 @@ class KLForeignNorm(KLNorm):
     def _standard(self, name):
         return super()._standard(name) - (self._convention.offset if name == "weight" else 0)
 
-    def _evaluate(self, x):
-        y = super(KLNorm, self).forward(x)
-        return y if self.out_dtype is None else y.to(self.out_dtype)
+    def _evaluate(self, x, residual):
+        if residual is not None:
+            inputs.check_input(x, self._shape_and_eps()[0])
+            inputs.check_residual(residual, x)
+        z = residual_sum(x, residual)
+        y = super(KLNorm, self).forward(z)
+        y = y if self.out_dtype is None else y.to(self.out_dtype)
+        return y if residual is None else (y, z)
 
-    def _out_dtype(self, x):
+    def _out_dtype(self, z):
         """That in which the layer's own class answers, unless another one is asked for."""
         if self.out_dtype is not None:
             return self.out_dtype
-        return self._convention.answers.get(getattr(x, "dtype", None), {}).get(self.weight.dtype)
+        return self._convention.answers.get(getattr(z, "dtype", None), {}).get(self.weight.dtype)
 
     def _in_use(self, held):
         offset = self._convention.offset

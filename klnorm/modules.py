@@ -38,7 +38,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
 
     Shape:
         Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
-        or `out_dtype`.
+        or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns that too: (y, x + r).
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
@@ -107,7 +107,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
 
     Shape:
         Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
-        or `out_dtype`.
+        or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns that too: (y, x + r).
 
     Parameters:
         weight: posterior mean. weight_rho: deviation before softplus, None in the deterministic reading.

@@ -132,42 +132,51 @@ class KLNorm(nn.Module):
             self._shortcut_guard.remove()
             self._shortcut_guard = None
 
-    def forward(self, x):
+    def forward(self, x, residual=None):
         """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode.
 
-        In the dtype of `x`, unless the layer has an `out_dtype`.
+        Args:
+            x: (..., *normalized_shape).
+            residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), that is added to
+                it first, in one pass.
+
+        Returns:
+            y, in the dtype of `x` unless the layer has an `out_dtype`; with a residual (y, x + residual), the sum in
+            the dtype of the residual.
         """
         if not (self.training or self._sampling):
-            return self._evaluate(x)
+            return self._evaluate(x, residual)
         compiling, held = torch.compiler.is_compiling(), self._held()
         if not compiling:
             self._last_kl.forget()
         shape, eps = self._shape_and_eps()
         kind = "rms" if self._is_rms else "layer"
-        out_dtype = self._out_dtype(x)
+        out_dtype = self._out_dtype(x if residual is None else residual)
         settings = Settings(kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype)
-        y, _, kl = normalize(x, None, shape, self._in_use(held), settings, True, generator=self.generator)
+        y, total, kl = normalize(x, residual, shape, self._in_use(held), settings, True, generator=self.generator)
         if not compiling:
             self._last_kl.remember(kl, held, self.prior_std)
-        return y
+        return y if residual is None else (y, total)
 
-    def _evaluate(self, x):
+    def _evaluate(self, x, residual):
         dtype, weight = getattr(x, "dtype", None), self.weight
         alike = weight is not None and dtype is weight.dtype and self.out_dtype in (None, dtype)
-        if alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type)):
+        if residual is None and alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type)):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
                 inputs.check_input(x, self.normalized_shape)
             inputs.check_device("weight", weight, x)
             return super().forward(x)
-        # Of mixed dtypes, which torch refuses or answers in fp32: the norm of the means is the deterministic reading.
+        # With a residual, in one pass, or of mixed dtypes, which torch refuses or answers in fp32: the norm of the
+        # means is the deterministic reading.
         shape, eps = self._shape_and_eps()
         means = Parameters(weight, self.bias, None, None, None, None)
         kind = "rms" if self._is_rms else "layer"
         settings = Settings(kind, "deterministic", "batch", 0, self.prior_std, eps, self.out_dtype)
-        return normalize(x, None, shape, means, settings, sample=False)[0]
+        y, total, _ = normalize(x, residual, shape, means, settings, sample=False)
+        return y if residual is None else (y, total)
 
-    def _out_dtype(self, x):
-        """The dtype of y where the layer samples, None for that of `x`."""
+    def _out_dtype(self, z):
+        """The dtype of y where the layer samples, None for that of x; `z`: what is normalized."""
         return self.out_dtype
 
     def _held(self):

@@ -72,6 +72,12 @@ def row_mean(rows):
     return first + (rows - first).mean(1, keepdim=True)
 
 
+def residual_sum(x, residual):
+    """x + residual in the dtype of the residual, rounded once; x without one."""
+    acc = accumulation_dtype(x)
+    return x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype)
+
+
 def reciprocal_root(variance):
     """1 / sqrt(variance); 0 with derivative 0 for a row without spread where eps is 0, whose xhat is 0."""
     spread = variance != 0
@@ -144,7 +150,7 @@ def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, ce
     parameters = [v.reshape(-1, n).to(acc) if torch.is_tensor(v) else v for v in parameters]
     kl = _kl(*parameters, prior_std)
 
-    z = x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype)
+    z = residual_sum(x, residual)
     rows = z.reshape(-1, n).to(acc)
     centred = rows - centre(rows)
     xhat = centred * reciprocal_root((centred**2).mean(1, keepdim=True) + eps)
