@@ -66,7 +66,7 @@ def _store_deterministic_gradients(
     mask, own = cols < N, in_group(cols, MODE, N)
     ACC: tl.constexpr = weight_sum.dtype
     dweight_ptr, dbias_ptr, _, _ = gradients
-    ratio = load_parameter(parameters.weight, own, mask, ACC) / prior_std
+    ratio = (load_parameter(parameters.weight, own, mask, ACC) + MODE.OFFSET) / prior_std
     dweight = weight_sum + dkl * (ratio - ratio / (ratio * ratio + FLOOR * FLOOR)) / prior_std
     tl.store(dweight_ptr + own, dweight.to(dweight_ptr.dtype.element_ty), mask)
     if parameters.bias is not None:

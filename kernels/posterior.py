@@ -93,7 +93,7 @@ def store_kl(kl_ptr, parameters, weight_prior, bias_prior, prior_std, MODE: tl.c
         bias = load_parameter(parameters.bias, own, mask, ACC)
         prior = load_prior(parameters.bias_prior, cols, mask, bias_prior, ACC)
         if parameters.weight_rho is None:
-            terms = kl_terms_deterministic(weight, bias, prior, std)
+            terms = kl_terms_deterministic(weight + MODE.OFFSET, bias, prior, std)
         else:
             terms = tl.full((1, BLOCK), 0.0, ACC)
             if parameters.bias is not None:
@@ -150,6 +150,8 @@ def load_affine(
             parameters.weight, parameters.weight_rho, k0, k1, first_draw + draw, first_col, own, mask,
             SCALE_STREAM, MODE, TILE, ACC,
         )  # fmt: skip
+        if MODE.OFFSET != 0:
+            scale += MODE.OFFSET
         shift = _sample(
             parameters.bias, parameters.bias_rho, k0, k1, first_draw + draw, first_col, own, mask,
             SHIFT_STREAM, MODE, TILE, ACC,

@@ -17,13 +17,15 @@ class Mode(NamedTuple):
 
     NOISE: "none" evaluation, "shared" draws that several rows share, "merged" one draw a row. ORDER of a draw's rows:
     "rows" neighbours, "strided" every n_draws-th, "blocked" blocks of `inner` neighbours. GROUPED: groups of rows have
-    parameters of their own. FAST: the noise by NVIDIA's own instructions.
+    parameters of their own. OFFSET: added to the weight, it gives the scale. FAST: the noise by NVIDIA's own
+    instructions.
     """
 
     IS_RMS: bool
     NOISE: str
     ORDER: str
     GROUPED: bool
+    OFFSET: float
     FAST: bool
 
 

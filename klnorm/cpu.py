@@ -37,7 +37,7 @@ def forward(x, residual, parameters, seed, spec):
         centred = centred - statistics[0]
     statistics.append(reciprocal_root((centred**2).mean(1, keepdim=True) + spec.eps))
     xhat = centred * statistics[-1]
-    y = [_affine(xhat[part], posteriors[i], _Noise(seed, rows, i)) for i, part in enumerate(_parts(rows))]
+    y = [_affine(xhat[part], posteriors[i], spec, _Noise(seed, rows, i)) for i, part in enumerate(_parts(rows))]
     y = (y[0] if rows.groups == 1 else torch.cat(y)).reshape(x.shape).to(spec.out_dtype)
     # .data is no view, which autograd would not let anyone change in place, as nn.ReLU(inplace=True) does.
     return y.data, None if residual is None else z, kl, torch.cat(statistics, 1)
@@ -58,14 +58,14 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
         g = dy.reshape(-1, spec.n_cols).to(acc).contiguous()
         dxhat = torch.empty_like(xhat)
         for i, part in enumerate(_parts(rows)):
-            dxhat[part], sums[i] = _affine_backward(g[part], xhat[part], posteriors[i], _Noise(seed, rows, i))
+            dxhat[part], sums[i] = _affine_backward(g[part], xhat[part], posteriors[i], spec, _Noise(seed, rows, i))
         along_xhat = (dxhat * xhat).mean(1, keepdim=True)
         along_one = 0 if spec.kind == "rms" else dxhat.mean(1, keepdim=True)
         dz = (rstd * (dxhat - along_one - xhat * along_xhat)).reshape(z.shape)
         if dsum is not None:
             dz = dz + dsum.to(acc)
     gradients = [
-        _parameter_gradients(posterior, spec.prior.std, *group_sums, None if dkl is None else dkl.reshape(-1)[i])
+        _parameter_gradients(posterior, spec, *group_sums, None if dkl is None else dkl.reshape(-1)[i])
         for i, (posterior, group_sums) in enumerate(zip(posteriors, sums, strict=True))
     ]
     gradients = [
@@ -106,17 +106,19 @@ def _parts(rows):
 def _kl(posterior, spec):
     w, b, w_rho, b_rho, w_prior, b_prior = posterior
     if spec.posterior == "deterministic":
-        return kl_deterministic(w, torch.zeros_like(w) if b is None else b, b_prior, spec.prior.std).sum()
+        return kl_deterministic(
+            w + spec.weight_offset, torch.zeros_like(w) if b is None else b, b_prior, spec.prior.std
+        ).sum()
     kl = kl_normal(w, w_rho, w_prior, spec.prior.std).sum()
     return kl if b is None else kl + kl_normal(b, b_rho, b_prior, spec.prior.std).sum()
 
 
-def _affine(xhat, posterior, noise):
+def _affine(xhat, posterior, spec, noise):
     """y (M, N) of a group's rows."""
     w, b, w_rho, b_rho, *_ = posterior
     rows = _by_draw(xhat, noise)
     eps = _shared_normals(noise, w, b)
-    y = rows * _sample(w, w_rho, eps, SCALE_STREAM)
+    y = rows * _sample(w + spec.weight_offset, w_rho, eps, SCALE_STREAM)
     if b is not None:
         y += _sample(b, b_rho, eps, SHIFT_STREAM)
     if noise.mode == "merged":
@@ -124,13 +126,13 @@ def _affine(xhat, posterior, noise):
     return y.view_as(xhat)
 
 
-def _affine_backward(g, xhat, posterior, noise):
+def _affine_backward(g, xhat, posterior, spec, noise):
     """dxhat (M, N) of a group's rows, and the sums over them that are the gradients of (weight, s, bias, t)."""
     w, b, w_rho, b_rho, *_ = posterior
     shape = xhat.shape
     xhat, g = _by_draw(xhat, noise), _by_draw(g, noise)
     eps = _shared_normals(noise, w, b)
-    dxhat = g * _sample(w, w_rho, eps, SCALE_STREAM)
+    dxhat = g * _sample(w + spec.weight_offset, w_rho, eps, SCALE_STREAM)
     dw_by_draw, db_by_draw = (g * xhat).sum((0, 2)), g.sum((0, 2))
     ds = dt = torch.zeros_like(w)
     if noise.mode == "shared":
@@ -184,12 +186,12 @@ def _merged_variance(xhat, w_rho, b_rho):
     return variance if b_rho is None else variance + softplus(b_rho) ** 2
 
 
-def _parameter_gradients(posterior, prior_std, dw, ds, db, dt, dkl):
+def _parameter_gradients(posterior, spec, dw, ds, db, dt, dkl):
     """(dweight, dbias, dweight_rho, dbias_rho) of a group, with the gradient of its KL divergence added."""
-    w, b, w_rho, b_rho, w_prior, b_prior = posterior
+    (w, b, w_rho, b_rho, w_prior, b_prior), prior_std = posterior, spec.prior.std
     if w_rho is None:
         if dkl is not None:
-            ratio = w / prior_std
+            ratio = (w + spec.weight_offset) / prior_std
             dw = dw + dkl * (ratio - ratio / (ratio**2 + FLOOR**2)) / prior_std
             db = db if b is None else db + dkl * (b - b_prior) / prior_std**2
         return dw, db, None, None

@@ -76,7 +76,7 @@ def _explain(layers, found=""):
         for name, layer in layers.items():
             value = layer.kl_divergence(check_finite=False).item()
             if not math.isfinite(value):
-                held = layer._held()._asdict() | dict(layer.named_parameters(recurse=False))
+                held = layer.posterior_and_prior()._asdict() | dict(layer.named_parameters(recurse=False))
                 tensors = [(key, whole(tensor)) for key, tensor in held.items() if tensor is not None]
                 return (
                     f"{found}the KL divergence of layer {_shown(name)} is {value}: "

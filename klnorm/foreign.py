@@ -13,7 +13,6 @@ from torch import nn
 from . import inputs
 from .posterior import SETTINGS, KLNorm
 from .reference.kl_norm import residual_sum
-from .spec import Parameters
 from .trial import answers, try_out
 
 _COMPUTE = {
@@ -72,15 +71,9 @@ class KLForeignNorm(KLNorm):
             return self.out_dtype
         return self._convention.answers.get(getattr(z, "dtype", None), {}).get(self.weight.dtype)
 
-    def _in_use(self, held):
-        offset = self._convention.offset
-        if not offset:
-            return held
-        # 1 + weight in bf16 would lose what training changes, and all have one dtype.
-        dtype = torch.promote_types(held.weight.dtype, torch.float32)
-        held = Parameters(*(None if tensor is None else tensor.to(dtype) for tensor in held))
-        prior = held.weight_prior
-        return held._replace(weight=offset + held.weight, weight_prior=None if prior is None else offset + prior)
+    @property
+    def _weight_offset(self):
+        return float(self._convention.offset)
 
     def __reduce_ex__(self, protocol):
         """Copies and pickles name the layer's own class, which can be imported, and not the one made at run time."""

@@ -23,6 +23,7 @@ class Settings(NamedTuple):
     prior_std: float
     eps: float | None
     out_dtype: torch.dtype | None = None
+    weight_offset: float = 0.0
     weight_prior: float = 0.0
     bias_prior: float = 0.0
 
@@ -47,6 +48,7 @@ def kl_layer_norm(
     posterior="sampled",
     residual=None,
     out_dtype=None,
+    weight_offset=0.0,
 ):
     r"""Layer normalization whose scale and shift are Gaussian, and their KL divergence from the prior.
 
@@ -91,6 +93,8 @@ def kl_layer_norm(
         residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), that is added to it
             first, in one pass. What is normalized is the sum, rounded to the dtype of `residual`.
         out_dtype: floating dtype of y, to which it is rounded once; that of `x` if None.
+        weight_offset: the scale is `weight_offset` + weight: 1 where a checkpoint has weights around 0, as Gemma's.
+            `weight_prior` is in the units of `weight`, so around 0 as well then.
 
     Returns:
         y, like `x` in shape and, unless `out_dtype` says otherwise, in dtype, contiguous; and kl in nats, fp32 (fp64
@@ -117,7 +121,7 @@ def kl_layer_norm(
         (True, 0.0)
     """
     parameters, priors = (weight, bias, weight_rho, bias_rho), (weight_prior, bias_prior)
-    options = "layer", posterior, noise, sample_dim, prior_std, eps, out_dtype
+    options = "layer", posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset
     return _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator)
 
 
@@ -138,6 +142,7 @@ def kl_rms_norm(
     posterior="sampled",
     residual=None,
     out_dtype=None,
+    weight_offset=0.0,
 ):
     r"""RMS normalization whose scale is Gaussian, and its KL divergence from the prior.
 
@@ -147,7 +152,7 @@ def kl_rms_norm(
     Args:
         eps: added to the mean square, >= 0; the machine epsilon of fp32 (fp64 for fp64 `x`) if None, as in nn.RMSNorm.
         x, normalized_shape, weight, weight_rho, weight_prior, prior_std, noise, sample_dim, sample, seed, generator,
-            posterior, residual, out_dtype: as for `kl_layer_norm`.
+            posterior, residual, out_dtype, weight_offset: as for `kl_layer_norm`.
 
     Returns:
         (y, kl), or (y, x + residual, kl), as `kl_layer_norm`.
@@ -162,7 +167,7 @@ def kl_rms_norm(
         True
     """
     parameters, priors = (weight, None, weight_rho, None), (weight_prior, 0.0)
-    options = "rms", posterior, noise, sample_dim, prior_std, eps, out_dtype
+    options = "rms", posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset
     return _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator)
 
 
@@ -208,8 +213,10 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
         if call is None or not ops.are_plain(*tensors):
             return _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator)
         prior, eps, rows = _check_call(x, residual, shape, parameters, settings, sample)
-        kind, posterior, out_dtype = settings.kind, settings.posterior, settings.out_dtype
-        spec = make_spec(kind, posterior, eps, prior, math.prod(shape), rows, dtypes_of(*tensors), out_dtype)
+        spec = make_spec(
+            settings.kind, settings.posterior, eps, prior, math.prod(shape), rows, dtypes_of(*tensors),
+            settings.out_dtype, settings.weight_offset,
+        )  # fmt: skip
         if len(_known) >= _KNOWN_CALLS:
             _known.clear()
         _known[call] = spec
@@ -229,14 +236,15 @@ def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, g
     """The same by the operators, which others have to see."""
     prior, eps, rows = _check_call(x, residual, shape, parameters, settings, sample)
     seed = None if rows.noise == "none" else _seed_tensor(x, seed, generator)
-    numbers = *prior, eps, rows.draws, rows.inner, rows.groups, settings.kind == "rms", settings.out_dtype
+    layout = rows.draws, rows.inner, rows.groups
+    numbers = *prior, eps, settings.weight_offset, *layout, settings.kind == "rms", settings.out_dtype
     y, sum_, kl = ops.compute_watched(x, residual, parameters, seed, numbers)
     return y, sum_, kl.reshape(1) if rows.groups == 1 and parameters.weight.dim() > len(shape) else kl
 
 
 def _plain(settings, shape, x):
     """`settings`, if valid, as `Settings` with plain numbers, which the arithmetic on `x` can hold."""
-    kind, posterior, noise, sample_dim, prior_std, eps, out_dtype, *values = settings
+    kind, posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset, *values = settings
     checks.check_posterior(posterior)
     checks.check_noise(noise)
     checks.check_out_dtype(out_dtype)
@@ -251,6 +259,7 @@ def _plain(settings, shape, x):
         checks.as_number("prior_std", prior_std, above=0, dtype=dtype),
         eps,
         out_dtype,
+        checks.as_number("weight_offset", weight_offset, dtype=dtype),
         *[
             checks.as_number(name, value, dtype=dtype, instead=or_tensor)
             for name, value in zip(("weight_prior", "bias_prior"), values, strict=True)
@@ -261,7 +270,7 @@ def _plain(settings, shape, x):
 def _check_call(x, residual, shape, parameters, settings, sample):
     """Raise unless the arguments of a call fit each other; return (`Prior`, eps, `Rows`)."""
     inputs.check_input(x, shape)
-    kind, posterior, noise, sample_dim, prior_std, eps, _, *values = _plain(settings, shape, x)
+    kind, posterior, noise, sample_dim, prior_std, eps, _, _, *values = _plain(settings, shape, x)
     weight, bias, weight_rho, bias_rho, *priors = parameters
     inputs.check_residual(residual, x)
     if kind == "rms" and eps is None:

@@ -283,7 +283,7 @@ def _mode(spec, target):
     order = "strided" if inner == 1 else "blocked"
     if rows.noise != "shared" or draws * inner >= rows.group_rows:
         order = "rows"
-    return Mode(spec.kind == "rms", rows.noise, order, rows.groups > 1, target.fast)
+    return Mode(spec.kind == "rms", rows.noise, order, rows.groups > 1, spec.weight_offset, target.fast)
 
 
 def _tile(spec, shape, vec=1):

@@ -9,6 +9,7 @@ Arguments of the operators, in order:
     weight_prior, bias_prior             normalized_shape or None: then the numbers below
     seed                                 int64, one element; None: no sampling (evaluation)
     weight_prior_value, bias_prior_value, prior_std, eps
+    weight_offset                        added to the weight, it gives the scale; the prior's means are without it
     draws, inner                         row r uses draw (r // inner) % draws
     groups                               row r of M uses the parameters of group r // (M // groups)
     rms                                  RMSNorm: no mean is subtracted
@@ -33,7 +34,7 @@ _ARGUMENTS = """
     Tensor weight, Tensor? bias, Tensor? weight_rho, Tensor? bias_rho, Tensor? weight_prior, Tensor? bias_prior,
     Tensor? seed"""
 _NUMBERS = """
-    float weight_prior_value, float bias_prior_value, float prior_std, float eps,
+    float weight_prior_value, float bias_prior_value, float prior_std, float eps, float weight_offset,
     SymInt draws, SymInt inner, SymInt groups, bool rms,
     ScalarType? dtype"""
 
@@ -81,12 +82,15 @@ def _backward_operator(dy, dsum, dkl, z, *args):
     return _filled(_compute_backward(dy, dsum, dkl, z, Parameters(*parameters), seed, statistics, spec), z)
 
 
-def _spec(x, dtypes, parameters, seed, weight_prior, bias_prior, prior_std, eps, draws, inner, groups, rms, dtype):
+def _spec(
+    x, dtypes, parameters, seed, weight_prior, bias_prior, prior_std, eps, offset, draws, inner, groups, rms, dtype
+):
     weight, _, weight_rho, *_ = parameters
     n_cols = weight.numel() // groups
     rows = Rows.of(seed is not None, x.numel() // n_cols, groups, draws, inner)
     kind, posterior = "rms" if rms else "layer", "deterministic" if weight_rho is None else "sampled"
-    return make_spec(kind, posterior, eps, Prior(weight_prior, bias_prior, prior_std), n_cols, rows, dtypes, dtype)
+    prior = Prior(weight_prior, bias_prior, prior_std)
+    return make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes, dtype, offset)
 
 
 for _key in "CPU", "CUDA":

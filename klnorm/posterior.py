@@ -26,6 +26,7 @@ class KLNorm(nn.Module):
 
     _means = "weight", "bias"
     _is_rms = False
+    _weight_offset = 0.0  # added to the weight, it gives the scale
 
     def _add_posterior(self, **options):
         """Make a KL layer of what is the norm."""
@@ -146,14 +147,16 @@ class KLNorm(nn.Module):
         """
         if not (self.training or self._sampling):
             return self._evaluate(x, residual)
-        compiling, held = torch.compiler.is_compiling(), self._held()
+        compiling, held = torch.compiler.is_compiling(), self.posterior_and_prior()
         if not compiling:
             self._last_kl.forget()
         shape, eps = self._shape_and_eps()
         kind = "rms" if self._is_rms else "layer"
         out_dtype = self._out_dtype(x if residual is None else residual)
-        settings = Settings(kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype)
-        y, total, kl = normalize(x, residual, shape, self._in_use(held), settings, True, generator=self.generator)
+        settings = Settings(
+            kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype, self._weight_offset
+        )
+        y, total, kl = normalize(x, residual, shape, held, settings, True, generator=self.generator)
         if not compiling:
             self._last_kl.remember(kl, held, self.prior_std)
         return y if residual is None else (y, total)
@@ -179,8 +182,8 @@ class KLNorm(nn.Module):
         """The dtype of y where the layer samples, None for that of x; `z`: what is normalized."""
         return self.out_dtype
 
-    def _held(self):
-        """The `Parameters` as the layer holds them."""
+    def posterior_and_prior(self):
+        """The `Parameters`; those of the scale less `_weight_offset`."""
         parameters, buffers = self._parameters, self._buffers  # looked at first, as nn.Module takes thrice as long
         return Parameters(
             *[
@@ -189,17 +192,9 @@ class KLNorm(nn.Module):
             ]
         )
 
-    def _in_use(self, held):
-        """The `Parameters` of what multiplies and what is added."""
-        return held
-
-    def posterior_and_prior(self):
-        """The `Parameters` of scale and shift."""
-        return self._in_use(self._held())
-
     def posterior_parameters(self):
         """The parameters of the posterior that there are: weight, weight_rho and, with a shift, bias, bias_rho."""
-        held = self._held()
+        held = self.posterior_and_prior()
         return [p for p in (held.weight, held.weight_rho, held.bias, held.bias_rho) if p is not None]
 
     def count_posteriors(self):
@@ -209,7 +204,7 @@ class KLNorm(nn.Module):
 
     def _kl_inputs(self):
         """The tensors held that the KL is a function of, None for what there is not."""
-        return self._held()
+        return self.posterior_and_prior()
 
     def kl_divergence(self, *, check_finite=None):
         """`klnorm.kl_divergence` of this layer: a scalar in nats; raises as that does where it is not finite."""
@@ -219,6 +214,11 @@ class KLNorm(nn.Module):
         """The KL tensor of the last forward, see `LastKL.take`; None where that is not at hand."""
         return None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
 
+    def _as_scale(self, weight):
+        # 1 + weight in bf16 would lose what training changes.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return self._weight_offset + weight.to(wide) if self._weight_offset else weight
+
     def kl_terms(self):
         """What the KL divergence is the sum of, as `klnorm.kl.closed_form` takes it."""
         weight, bias, weight_rho, bias_rho, weight_prior, bias_prior = self.posterior_and_prior()
@@ -226,7 +226,7 @@ class KLNorm(nn.Module):
         if self.posterior == "deterministic":
             if bias is None:
                 bias = bias_prior = torch.zeros_like(weight)
-            return [(kl_deterministic, (weight, bias), bias_prior, prior_std)]
+            return [(kl_deterministic, (self._as_scale(weight), bias), bias_prior, prior_std)]
         terms = [(kl_normal, (weight, weight_rho), weight_prior, prior_std)]
         return terms if bias is None else [*terms, (kl_normal, (bias, bias_rho), bias_prior, prior_std)]
 

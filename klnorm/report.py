@@ -203,6 +203,7 @@ def _features(name, layer, part):
     tensors = [tensor.double().flatten() for tensor in _tensors(name, layer, part).values()]
     if layer.posterior == "deterministic":
         weight, mean, prior = (*tensors, *[torch.zeros_like(tensors[0])] * 2)[:3]
+        weight = weight + layer._weight_offset
         deviation, kl = weight.abs(), kl_deterministic(weight, mean, prior, layer.prior_std)
     else:
         mean, rho, prior = tensors

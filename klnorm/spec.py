@@ -72,7 +72,8 @@ class Rows(NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
     """`kind`: "layer" or "rms"; `posterior`: "sampled" or "deterministic"; `n_cols`: features of a row; `dtypes`: of x,
-    the residual and the `Parameters`, None for what there is not; `out_dtype`: of y.
+    the residual and the `Parameters`, None for what there is not; `out_dtype`: of y; `weight_offset`: added to the
+    weight, it gives the scale.
 
     There is one Spec of the same fields, see `make_spec`, so that what is worked out for it is found by its identity.
     """
@@ -85,18 +86,21 @@ class Spec:
     rows: Rows
     dtypes: tuple
     out_dtype: torch.dtype
+    weight_offset: float
 
     @property
     def numbers(self):
         """As the operator of the backward takes it, see `klnorm.ops`."""
         rows = self.rows
-        return *self.prior, self.eps, rows.draws, rows.inner, rows.groups, self.kind == "rms", self.dtypes[0]
+        layout = rows.draws, rows.inner, rows.groups
+        return *self.prior, self.eps, self.weight_offset, *layout, self.kind == "rms", self.dtypes[0]
 
 
 @functools.lru_cache(4096)
-def make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes, out_dtype=None):
+def make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes, out_dtype=None, weight_offset=0.0):
     """The Spec of these fields; an `out_dtype` of None is that of x."""
-    return Spec(kind, posterior, eps, prior, n_cols, rows, dtypes, dtypes[0] if out_dtype is None else out_dtype)
+    out_dtype = dtypes[0] if out_dtype is None else out_dtype
+    return Spec(kind, posterior, eps, prior, n_cols, rows, dtypes, out_dtype, weight_offset)
 
 
 def dtypes_of(*tensors):

@@ -70,7 +70,7 @@ class Launch(NamedTuple):
         """What decides which code is compiled. Of the numbers among the constants only some widths do."""
         flat = self.flat_constants
         chosen = [(k, v) for k, v in sorted(flat.items()) if isinstance(v, (str, bool))]
-        constants = *chosen, flat.get("N") == 1, flat.get("N", 0) > flat.get("BLOCK_N", 0)
+        constants = *chosen, flat.get("OFFSET") == 0, flat.get("N") == 1, flat.get("N", 0) > flat.get("BLOCK_N", 0)
         arguments = _described(self.arguments, lambda a: int if isinstance(a, int) else a)
         return self.module, self.kernel, arguments, tuple(number < 2**31 for number in self.numbers), constants
 

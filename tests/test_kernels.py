@@ -54,7 +54,7 @@ class Problem:
 
     def __init__(
         self, device, leading, n, noise, sample_dim=0, *, bias=True, dtype=torch.float32, param_dtype=None, priors=True,
-        rms=False, deterministic=False, groups=None, residual=None,
+        rms=False, deterministic=False, groups=None, residual=None, offset=0.0,
     ):  # fmt: skip
         generator = torch.Generator().manual_seed(sum(leading) * 31 + n)
 
@@ -75,7 +75,7 @@ class Problem:
         self.residual = self.dsum = None
         if residual is not None:
             self.residual, self.dsum = 2 * randn(*leading, n, dtype=residual), randn(*leading, n, dtype=residual)
-        self.groups, self.rms = groups, rms
+        self.groups, self.rms, self.offset = groups, rms, offset
         self.sampled = noise != "none" and not deterministic
         self.seed = torch.tensor([-(2**62) + 12345], device=device) if self.sampled else None
         acc = kl_norm.accumulation_dtype(self.x)
@@ -89,7 +89,8 @@ class Problem:
         kind = "rms" if self.rms else "layer"
         posterior = "deterministic" if self.parameters[2] is None else "sampled"
         dtypes = dtypes_of(self.x, self.residual, *self.parameters, *self.prior_tensors)
-        return make_spec(kind, posterior, EPS, Prior(*self.prior_values, PRIOR_STD), self.n, rows, dtypes)
+        prior = Prior(*self.prior_values, PRIOR_STD)
+        return make_spec(kind, posterior, EPS, prior, self.n, rows, dtypes, weight_offset=self.offset)
 
     def forward(self):
         """[y, kl] of the kernels, and the sum if there is a residual; keeps the row statistics for backward."""
@@ -122,8 +123,9 @@ class Problem:
         )
         weight, bias, weight_rho, bias_rho = parameters
         options = {
-            "weight_prior": weight_prior, "prior_std": PRIOR_STD, "eps": EPS, "sample_dim": self.sample_dim,
-            "noise": "batch" if self.noise == "none" else self.noise, "sample": self.sampled, "seed": self.seed,
+            "weight_prior": weight_prior, "prior_std": PRIOR_STD, "eps": EPS, "weight_offset": self.offset,
+            "noise": "batch" if self.noise == "none" else self.noise, "sample_dim": self.sample_dim,
+            "sample": self.sampled, "seed": self.seed,
         }  # fmt: skip
         if self.rms:
             y, kl = reference.kl_rms_norm(z, self.n, weight, weight_rho, **options)
@@ -381,7 +383,8 @@ FAMILY = {
     "deterministic rms": {"deterministic": True, "rms": True},
     "residual": {"residual": torch.float32},
     "groups": {"groups": 3},
-    "all": {"rms": True, "groups": 3, "residual": torch.float32},
+    "offset": {"offset": 1.0},
+    "all": {"rms": True, "groups": 3, "residual": torch.float32, "offset": -0.5},
 }
 
 

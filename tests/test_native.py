@@ -11,7 +11,7 @@ from native import Launch, NativeCompilation, compile_apart
 from klnorm import launch
 from klnorm.kernels.rows import Mode, Tile
 
-MODE, TILE = Mode(False, "none", "rows", False, False), Tile(8, 1, 1, 16, 1)
+MODE, TILE = Mode(False, "none", "rows", False, 0.0, False), Tile(8, 1, 1, 16, 1)
 
 
 def call(kernel, *, num_warps=4, **options):

@@ -54,7 +54,7 @@ def forward_arguments(device, mode, bias=True, tensor_prior=False, dtype=torch.f
     return (
         tensors["x"] if x is None else x, None, *(tensors.get(name) for name in NAMES[1:]), prior,
         prior if bias else None, None if mode == "none" else torch.tensor([7], device=device),
-        1.0, 0.0, 0.1, 1e-5, *layouts(mode), 1, False, None,
+        1.0, 0.0, 0.1, 1e-5, 0.0, *layouts(mode), 1, False, None,
     )  # fmt: skip
 
 

@@ -219,8 +219,8 @@ def test_training_is_the_functional_with_the_scale_that_the_class_means(device, 
     for function in (
         lambda: (layer(x), klnorm.kl_divergence(layer)),
         lambda: kl_layer_norm(
-            x, N, kind.offset + layer.weight, layer.bias, layer.weight_rho, layer.bias_rho,
-            weight_prior=kind.offset + layer.weight_prior, bias_prior=layer.bias_prior if shift else 0.0,
+            x, N, layer.weight, layer.bias, layer.weight_rho, layer.bias_rho,
+            weight_prior=layer.weight_prior, weight_offset=kind.offset, bias_prior=layer.bias_prior if shift else 0.0,
             prior_std=0.7, eps=eps_of(layer), noise=noise, sample_dim=1,
         ),
     ):  # fmt: skip

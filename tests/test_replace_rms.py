@@ -313,7 +313,7 @@ def test_training_is_the_functional_with_the_scale_that_the_class_means(device, 
     for function in (
         lambda: (layer(x), klnorm.kl_divergence(layer)),
         lambda: kl_rms_norm(
-            x, N, offset + layer.weight, layer.weight_rho, weight_prior=offset + layer.weight_prior, prior_std=0.7,
+            x, N, layer.weight, layer.weight_rho, weight_prior=layer.weight_prior, weight_offset=offset, prior_std=0.7,
             eps=eps, noise=noise, sample_dim=1,
         ),
     ):  # fmt: skip

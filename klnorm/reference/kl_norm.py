@@ -104,6 +104,7 @@ def kl_layer_norm(
     posterior="sampled",
     residual=None,
     out_dtype=None,
+    weight_offset=0.0,
 ):
     """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same results, nothing checked.
 
@@ -111,7 +112,7 @@ def kl_layer_norm(
     """
     parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
     draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
-    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, row_mean, out_dtype)
+    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, row_mean, out_dtype, weight_offset)
 
 
 def kl_rms_norm(
@@ -131,15 +132,18 @@ def kl_rms_norm(
     posterior="sampled",
     residual=None,
     out_dtype=None,
+    weight_offset=0.0,
 ):
     """The specification of `klnorm.functional.kl_rms_norm`, likewise."""
     parameters = weight, None, weight_rho, None, weight_prior, 0.0
     draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
     eps = torch.finfo(accumulation_dtype(x)).eps if eps is None else eps
-    return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, lambda rows: 0.0, out_dtype)
+    return _kl_norm(
+        x, residual, normalized_shape, parameters, prior_std, eps, draw, lambda rows: 0.0, out_dtype, weight_offset
+    )
 
 
-def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, centre, out_dtype):
+def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, centre, out_dtype, offset):
     """(y, kl), or (y, sum, kl) with a residual; `centre`: what is taken off the rows (M, N).
 
     Parameters may be (G, *normalized_shape): row r of M then has those of group r // (M / G), and kl is (G,).
@@ -148,7 +152,7 @@ def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, ce
     acc, n = accumulation_dtype(x), math.prod(shape)
     has_groups = parameters[0].dim() > len(shape)
     parameters = [v.reshape(-1, n).to(acc) if torch.is_tensor(v) else v for v in parameters]
-    kl = _kl(*parameters, prior_std)
+    kl = _kl(*parameters, prior_std, offset)
 
     z = residual_sum(x, residual)
     rows = z.reshape(-1, n).to(acc)
@@ -157,15 +161,15 @@ def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, ce
 
     group = torch.arange(len(rows), device=x.device) // max(1, len(rows) // len(parameters[0]))
     w, b, w_rho, b_rho = (v if v is None else v[group] for v in parameters[:4])
-    y = _affine(xhat, w, b, w_rho, b_rho, x.shape, len(shape), *draw).reshape(x.shape).to(out_dtype or x.dtype)
+    y = _affine(xhat, offset + w, b, w_rho, b_rho, x.shape, len(shape), *draw).reshape(x.shape).to(out_dtype or x.dtype)
     kl = kl if has_groups else kl[0]
     return (y, kl) if residual is None else (y, z, kl)
 
 
-def _kl(w, b, w_rho, b_rho, w_prior, b_prior, prior_std):
+def _kl(w, b, w_rho, b_rho, w_prior, b_prior, prior_std, offset):
     """KL divergence (G,) of parameters (G, N)."""
     if w_rho is None:
-        return kl_deterministic(w, torch.zeros_like(w) if b is None else b, b_prior, prior_std).sum(1)
+        return kl_deterministic(offset + w, torch.zeros_like(w) if b is None else b, b_prior, prior_std).sum(1)
     kl = kl_normal(w, w_rho, w_prior, prior_std).sum(1)
     return kl if b is None else kl + kl_normal(b, b_rho, b_prior, prior_std).sum(1)
 
