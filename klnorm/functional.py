@@ -131,7 +131,10 @@ def kl_rms_norm(
     weight,
     weight_rho,
     *,
+    bias=None,
+    bias_rho=None,
     weight_prior=1.0,
+    bias_prior=0.0,
     prior_std=0.1,
     eps=None,
     noise="sample",
@@ -144,15 +147,16 @@ def kl_rms_norm(
     out_dtype=None,
     weight_offset=0.0,
 ):
-    r"""RMS normalization whose scale is Gaussian, and its KL divergence from the prior.
+    r"""RMS normalization whose scale and, if given, shift are Gaussian, and their KL divergence from the prior.
 
     :math:`y = \gamma \hat x` with :math:`\hat x = x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}}` (Zhang and Sennrich
-    2019, arXiv 1910.07467), without a shift; everything else as in `kl_layer_norm`.
+    2019, arXiv 1910.07467), or :math:`y = \gamma \hat x + \beta`; everything else as in `kl_layer_norm`.
 
     Args:
         eps: added to the mean square, >= 0; the machine epsilon of fp32 (fp64 for fp64 `x`) if None, as in nn.RMSNorm.
-        x, normalized_shape, weight, weight_rho, weight_prior, prior_std, noise, sample_dim, sample, seed, generator,
-            posterior, residual, out_dtype, weight_offset: as for `kl_layer_norm`.
+        bias, bias_rho: as for `kl_layer_norm`; None, together, for no shift. In the deterministic reading `bias` alone.
+        x, normalized_shape, weight, weight_rho, weight_prior, bias_prior, prior_std, noise, sample_dim, sample, seed,
+            generator, posterior, residual, out_dtype, weight_offset: as for `kl_layer_norm`.
 
     Returns:
         (y, kl), or (y, x + residual, kl), as `kl_layer_norm`.
@@ -166,7 +170,7 @@ def kl_rms_norm(
         >>> torch.equal(total, x + 1)
         True
     """
-    parameters, priors = (weight, None, weight_rho, None), (weight_prior, 0.0)
+    parameters, priors = (weight, bias, weight_rho, bias_rho), (weight_prior, bias_prior)
     options = "rms", posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset
     return _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator)
 

@@ -50,10 +50,10 @@ def _fresh_plans(device, monkeypatch):
 
 
 class Problem:
-    """Random inputs and cotangents for one call, on `device`."""
+    """Random inputs and cotangents for one call, on `device`; with a shift if `bias`, by default LayerNorm's alone."""
 
     def __init__(
-        self, device, leading, n, noise, sample_dim=0, *, bias=True, dtype=torch.float32, param_dtype=None, priors=True,
+        self, device, leading, n, noise, sample_dim=0, *, bias=None, dtype=torch.float32, param_dtype=None, priors=True,
         rms=False, deterministic=False, groups=None, residual=None, offset=0.0,
     ):  # fmt: skip
         generator = torch.Generator().manual_seed(sum(leading) * 31 + n)
@@ -67,10 +67,10 @@ class Problem:
         means = [randn(*shape, dtype=param_dtype) for _ in range(2)]
         rhos = [None, None] if deterministic else [randn(*shape, dtype=param_dtype) - 1 for _ in range(2)]
         prior_tensors = [randn(n, dtype=param_dtype) for _ in range(2)] if priors else [None, None]
-        if not bias or rms:
+        if bias is False or (rms and not bias):
             means[1] = rhos[1] = prior_tensors[1] = None
         self.parameters = [means[0], means[1], rhos[0], rhos[1]]
-        self.prior_tensors, self.prior_values = prior_tensors, (0.9, 0.0 if rms else -0.1)
+        self.prior_tensors, self.prior_values = prior_tensors, (0.9, -0.1)
         self.noise, self.sample_dim, self.n = noise, sample_dim, n
         self.residual = self.dsum = None
         if residual is not None:
@@ -123,15 +123,15 @@ class Problem:
         )
         weight, bias, weight_rho, bias_rho = parameters
         options = {
-            "weight_prior": weight_prior, "prior_std": PRIOR_STD, "eps": EPS, "weight_offset": self.offset,
+            "weight_prior": weight_prior, "bias_prior": bias_prior, "prior_std": PRIOR_STD, "eps": EPS,
+            "weight_offset": self.offset,
             "noise": "batch" if self.noise == "none" else self.noise, "sample_dim": self.sample_dim,
             "sample": self.sampled, "seed": self.seed,
         }  # fmt: skip
         if self.rms:
-            y, kl = reference.kl_rms_norm(z, self.n, weight, weight_rho, **options)
+            y, kl = reference.kl_rms_norm(z, self.n, weight, weight_rho, bias=bias, bias_rho=bias_rho, **options)
         else:
-            posterior = weight, bias, weight_rho, bias_rho
-            y, kl = reference.kl_layer_norm(z, self.n, *posterior, bias_prior=bias_prior, **options)
+            y, kl = reference.kl_layer_norm(z, self.n, weight, bias, weight_rho, bias_rho, **options)
         wanted = [t for t in (z, *parameters) if t is not None]
         gradients = iter(torch.autograd.grad([y, kl], wanted, [self.dy.cpu().to(dtype), self.dkl.cpu().to(kl.dtype)]))
         dz, *rest = (None if t is None else next(gradients) for t in (z, *parameters))
@@ -379,6 +379,7 @@ def test_extreme_deviations(device, rho):
 
 FAMILY = {
     "rms": {"rms": True},
+    "rms with a shift": {"rms": True, "bias": True},
     "deterministic": {"deterministic": True},
     "deterministic rms": {"deterministic": True, "rms": True},
     "residual": {"residual": torch.float32},

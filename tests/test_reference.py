@@ -30,24 +30,25 @@ def tensors(names, dtype=torch.float64, rho=-1.0):
     return made
 
 
+WITH_SHIFT = "x", "weight", "bias", "weight_rho", "bias_rho"
 FORMS = {
-    "kl_layer_norm": ("x", "weight", "bias", "weight_rho", "bias_rho"),
-    "kl_rms_norm": ("x", "weight", "weight_rho"),
+    "layer": ("kl_layer_norm", WITH_SHIFT),
+    "rms": ("kl_rms_norm", ("x", "weight", "weight_rho")),
+    "rms with a shift": ("kl_rms_norm", WITH_SHIFT),
 }
 
 
-@pytest.fixture(params=list(FORMS))
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
 def form(request):
-    """(name, its arguments)."""
-    return request.param, FORMS[request.param]
+    """(name, its tensors)."""
+    return request.param
 
 
 def call(module, form, given, **options):
     """(y, kl) or (y, sum, kl) of a form, with the shape as an int and a seed that is torch's own."""
     name, arguments = form
     torch.manual_seed(4)
-    x, *parameters = (given[argument] for argument in arguments)
-    return getattr(module, name)(x, N, *parameters, **options)
+    return getattr(module, name)(normalized_shape=N, **{argument: given[argument] for argument in arguments}, **options)
 
 
 # The arguments of the functional forms
@@ -62,7 +63,7 @@ OPTIONS = {
     "none": {},
     "token": {"noise": "token", "prior_std": 0.7, "weight_prior": torch.randn(N, dtype=torch.float64)},
     "second dimension": {"sample_dim": 1, "residual": torch.randn(3, 4, N, dtype=torch.float64), "eps": 0.1},
-    "batch": {"noise": "batch", "generator": 5},
+    "batch": {"noise": "batch", "generator": 5, "bias_prior": -0.3},
     "means": {"sample": False},
     "deterministic": {"posterior": "deterministic", "prior_std": 1.0},
 }

@@ -121,7 +121,10 @@ def kl_rms_norm(
     weight,
     weight_rho,
     *,
+    bias=None,
+    bias_rho=None,
     weight_prior=1.0,
+    bias_prior=0.0,
     prior_std=0.1,
     eps=None,
     noise="sample",
@@ -135,7 +138,7 @@ def kl_rms_norm(
     weight_offset=0.0,
 ):
     """The specification of `klnorm.functional.kl_rms_norm`, likewise."""
-    parameters = weight, None, weight_rho, None, weight_prior, 0.0
+    parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
     draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
     eps = torch.finfo(accumulation_dtype(x)).eps if eps is None else eps
     return _kl_norm(
