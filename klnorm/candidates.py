@@ -80,6 +80,8 @@ def check_convertible(candidate):
         value = getattr(module, key, None)
         if value is not None or key == "weight":
             _check_parameter(name, module, key, value)
+    if plain_type(module) is nn.RMSNorm and foreign.has_shift(module):
+        _refuse_choice(name, "is an nn.RMSNorm with a bias, which its forward does not read", "del layer.bias")
     checks.as_shape(tuple(module.weight.shape))
     if why_not is not None:
         refuse(name, f"is a {type(module).__name__}, which {why_not}", "leave it out with filter_fn")

@@ -90,5 +90,5 @@ def _tie(name, twin, owners):
 
 def _reading(layer):
     """What layers with one posterior have in common."""
-    standard = [layer._standard(mean) for mean in layer._means]
+    standard = [layer._standard(mean) for mean in _means(layer)]
     return type(layer).posterior_parameters, layer.posterior, layer.prior, layer.prior_std, standard

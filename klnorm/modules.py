@@ -1,9 +1,11 @@
 """The layers."""
 
+import torch
 from torch import nn
 
 from . import checks
 from .posterior import KLNorm
+from .spec import Parameters
 
 
 class KLLayerNorm(KLNorm, nn.LayerNorm):
@@ -93,30 +95,35 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
 class KLRMSNorm(KLNorm, nn.RMSNorm):
     r"""RMSNorm whose scale is a Gaussian posterior, sampled in training and held to a prior by a KL term.
 
-    `KLLayerNorm` without mean and shift: see there, and `klnorm.functional.kl_rms_norm` for the formulas. In evaluation
-    mode the layer is `nn.RMSNorm` with the posterior means, bit for bit where `x` and the weight have one dtype.
+    `KLLayerNorm` without mean and, unless asked for, shift: see there, and `klnorm.functional.kl_rms_norm` for the
+    formulas. In evaluation mode the layer is `nn.RMSNorm` with the posterior means, bit for bit where `x` and the
+    weight have one dtype; with a shift, which nn.RMSNorm has not, :math:`\mathrm{weight}\,\hat x + \mathrm{bias}`,
+    rounded once.
 
     Args:
         normalized_shape: int or sequence of ints, as for nn.RMSNorm.
         eps: added to the mean square, >= 0; None as in nn.RMSNorm.
         elementwise_affine: must be True: the layer is about the scale.
         device, dtype: of the parameters.
+        bias: True adds a shift with a posterior of its own, as KLLayerNorm has.
         noise, sample_dim, init_std, prior_std, generator, out_dtype: as for `KLLayerNorm`.
-        posterior: "sampled" or "deterministic", as for `KLLayerNorm`. There is no shift, so the deterministic KL is
-            that of :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
+        posterior: "sampled" or "deterministic", as for `KLLayerNorm`. Without a shift the deterministic KL is that of
+            :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
 
     Shape:
         Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
         or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns that too: (y, x + r).
 
     Parameters:
-        weight: posterior mean. weight_rho: deviation before softplus, None in the deterministic reading.
+        weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
+            reading. All of `normalized_shape`; those of the shift None where there is none.
     Buffers (persistent):
-        weight_prior: prior mean, initially 1. A loaded nn.RMSNorm checkpoint becomes the prior. None in the
-            deterministic reading.
+        weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.RMSNorm checkpoint becomes the prior; its
+            shift is 0. weight_prior is None in the deterministic reading, bias_prior without a shift.
 
     Raises:
         TypeError, ValueError: as `klnorm.functional.kl_rms_norm`, and for elementwise_affine=False.
+        `klnorm.restore_rms_norm` refuses a layer with a shift.
 
     Example:
         >>> layer = klnorm.KLRMSNorm(8, eps=1e-6)
@@ -127,9 +134,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
     """
 
     _plain_class = nn.RMSNorm
-    _means = ("weight",)
     _is_rms = True
-    bias = bias_rho = bias_prior = None
 
     def __init__(
         self,
@@ -139,6 +144,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         device=None,
         dtype=None,
         *,
+        bias=False,
         noise="sample",
         sample_dim=0,
         init_std=0.05,
@@ -148,13 +154,34 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         out_dtype=None,
     ):
         _check_affine(elementwise_affine, "RMSNorm")
+        checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
         eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
         super().__init__(checks.as_shape(normalized_shape), eps, True, device, dtype)
+        self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
             posterior=posterior, out_dtype=out_dtype,
         )  # fmt: skip
+
+    def _build_posterior(self, **options):
+        if not hasattr(self, "bias"):  # an nn.RMSNorm that is being replaced
+            self.register_parameter("bias", None)
+        super()._build_posterior(**options)
+
+    def _remove_posterior(self):
+        super()._remove_posterior()
+        self._parameters.pop("bias", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight, others = state_dict.get(f"{prefix}weight"), [f"{prefix}{name}" for name in Parameters._fields[1:]]
+        is_plain = isinstance(weight, torch.Tensor) and not any(key in state_dict for key in others)
+        if is_plain and self.bias is not None:
+            state_dict = {**state_dict, f"{prefix}bias": torch.zeros_like(weight)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self):
+        return super().extra_repr() + ("" if self.bias is None else ", bias=True")
 
 
 def _check_affine(elementwise_affine, norm):

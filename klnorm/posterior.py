@@ -85,7 +85,7 @@ class KLNorm(nn.Module):
     def reset_parameters(self):
         """Scale and prior of the scale 1, shift and prior of the shift 0, deviations `init_std`."""
         for name in self._means:
-            for tensor in getattr(self, name), getattr(self, f"{name}_prior", None):
+            for tensor in getattr(self, name, None), getattr(self, f"{name}_prior", None):
                 if tensor is not None:
                     nn.init.constant_(tensor, self._standard(name))
         if "weight_rho" in self._parameters:  # the norm's own constructor calls this before they exist
@@ -164,13 +164,19 @@ class KLNorm(nn.Module):
     def _evaluate(self, x, residual):
         dtype, weight = getattr(x, "dtype", None), self.weight
         alike = weight is not None and dtype is weight.dtype and self.out_dtype in (None, dtype)
-        if residual is None and alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type)):
+        is_plain = not self._is_rms or self.bias is None
+        if (
+            residual is None
+            and is_plain
+            and alike
+            and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type))
+        ):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
                 inputs.check_input(x, self.normalized_shape)
             inputs.check_device("weight", weight, x)
             return super().forward(x)
-        # With a residual, in one pass, or of mixed dtypes, which torch refuses or answers in fp32: the norm of the
-        # means is the deterministic reading.
+        # With a residual, in one pass, of mixed dtypes, which torch refuses or answers in fp32, or with a shift that
+        # nn.RMSNorm has not: the norm of the means is the deterministic reading.
         shape, eps = self._shape_and_eps()
         means = Parameters(weight, self.bias, None, None, None, None)
         kind = "rms" if self._is_rms else "layer"

@@ -4,9 +4,14 @@ from . import checks
 from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_uncovered, plain_type, refuse
 from .choice import choose, warn_of_others
 from .conversion import make_twins, swap
+from .modules import KLRMSNorm
 from .sharded import is_sharded
 
 _PRIORS = "current", "standard"
+_WITHOUT_SHIFT = (
+    "layer.bias = layer.bias_rho = layer.bias_prior = None to do without it, or model.eval(), in which the layer "
+    "computes the norm of its means"
+)
 # By name, as torch need not have torch.distributed.
 _FSDP = "FSDPModule", "FullyShardedDataParallel"
 _WRAPPERS = "DistributedDataParallel", *_FSDP
@@ -184,6 +189,9 @@ def restore_rms_norm(model):
     """Turn every KL layer that stands for an RMSNorm back into the class that it had, in place; see
     `restore_layer_norm`.
 
+    Raises:
+        TypeError, ValueError: as `restore_layer_norm`; also for a `KLRMSNorm` with a shift.
+
     Example:
         >>> model = klnorm.restore_rms_norm(klnorm.replace_rms_norm(nn.Sequential(nn.RMSNorm(8))))
         >>> type(model[0]).__name__
@@ -204,6 +212,8 @@ def _restore(model, norms):
     layers = [(name, m) for name, m in layers if "_plain_class" in vars(plain_type(m))]
     for name, module in layers:
         check_uncovered(name, module, refuse)
+        if isinstance(module, KLRMSNorm) and module.bias is not None:
+            refuse(name, "has a shift, which an nn.RMSNorm cannot hold", _WITHOUT_SHIFT)
     for _, module in layers:
         module._remove_posterior()
         module.__class__ = type(module)._plain_class

@@ -38,7 +38,7 @@ class Case:
         self.draw = draw = random.Random(number)
         self.kind, self.shape, self.leading = draw.choice(["layer", "rms"]), draw.choice(SHAPES), draw.choice(LEADING)
         self.dtype, self.parameter_dtype = draw.choice(DTYPES), draw.choice(DTYPES)
-        self.sampled, self.shift = draw.random() < 0.75, self.kind == "layer" and draw.random() < 0.7
+        self.sampled, self.shift = draw.random() < 0.75, draw.random() < 0.7
         self.posterior = "sampled" if self.sampled else "deterministic"
         self.options = {
             "noise": draw.choice(NOISES), "prior_std": draw.choice([0.125, 0.5, 2.0]),
@@ -75,7 +75,7 @@ class Case:
         return {n: self.normal(size, self.parameter_dtype, centres[n]) if there[n] else None for n in PARAMETERS}
 
     def priors(self):
-        names = ["weight_prior", "bias_prior"][: 2 if self.kind == "layer" else 1]
+        names = "weight_prior", "bias_prior"
         return {n: self.draw.choice([0.25, -1.0, self.normal(self.shape, self.draw.choice(DTYPES))]) for n in names}
 
     def in_some_type(self, options):
@@ -96,7 +96,6 @@ def functional_call(case):
     }  # fmt: skip
     if case.kind == "layer":
         return kl_layer_norm, arguments, options
-    del arguments["bias"], arguments["bias_rho"]
     return kl_rms_norm, arguments, {**options, "rms": True}
 
 
@@ -104,9 +103,7 @@ def layer_call(case):
     """(layer, x, options of the reference)."""
     cls = {"layer": klnorm.KLLayerNorm, "rms": klnorm.KLRMSNorm}[case.kind]
     options = {**case.in_some_type(case.options), "posterior": case.posterior, "dtype": case.parameter_dtype}
-    if case.kind == "layer":
-        options["bias"] = case.shift
-    layer = cls(case.shape, init_std=Fraction(1, 3), **options).train(case.draw.random() < 0.7)
+    layer = cls(case.shape, init_std=Fraction(1, 3), bias=case.shift, **options).train(case.draw.random() < 0.7)
     with torch.no_grad():
         for tensor in (*layer.parameters(), *layer.buffers()):
             tensor.add_(torch.randn_like(tensor) * 0.3)
@@ -120,10 +117,8 @@ def judge(z, shape, parameters, options, dy, dsum, dkl):
     leaves = {"z": z, **parameters}
     leaves = {n: None if t is None else t.detach().double().requires_grad_() for n, t in leaves.items()}
     options, rms = {n: option for n, option in options.items() if n != "rms"}, options.get("rms")
-    function, names = (
-        (reference.kl_rms_norm, PARAMETERS[::2]) if rms else (reference.kl_layer_norm, PARAMETERS)
-    )  # weight and weight_rho
-    y, kl = function(leaves["z"], shape, *[leaves[name] for name in names], **options)
+    function = reference.kl_rms_norm if rms else reference.kl_layer_norm
+    y, kl = function(leaves["z"], shape, **{name: leaves[name] for name in PARAMETERS}, **options)
     present = {n: t for n, t in leaves.items() if t is not None}
     gradients = torch.autograd.grad((y, kl), list(present.values()), (dy.double(), dkl.double()))
     dz, *others = gradients
