@@ -430,3 +430,11 @@ def test_sampling_summary_and_optimizer_groups_know_the_shift(device):
     assert groups["rho"] == [layer.weight_rho, layer.bias_rho]
     assert {id(layer.weight), id(layer.bias)} <= {id(p) for p in groups["no_decay"]}
     assert klnorm.KLWeight(per_parameter=model).value == 1 / (2 * N)
+
+
+def test_a_shift_needs_a_mean_and_a_deviation():
+    x, weight, rho = torch.randn(3, N), torch.ones(N), torch.zeros(N)
+    for given, missing in ("bias", "bias_rho"), ("bias_rho", "bias"):
+        with pytest.raises(ValueError, match=rf"^{missing} is None but {given} is not.*Remedy: pass {missing} as well"):
+            kl_rms_norm(x, N, weight, rho, **{given: rho})
+    kl_rms_norm(x, N, weight, rho, bias=rho, bias_rho=rho)
