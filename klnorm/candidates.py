@@ -98,8 +98,9 @@ def _check_parameter(name, module, key, value):
         computes = f"computes its {key} (pruned, weight-normed or flattened)"
         _refuse_choice(name, computes, "remove that first, or replace first")
     if type(value) is not nn.Parameter or value.dtype not in checks.FLOATS:
-        kind = f"{type(value.data).__name__} of {value.dtype}"
-        _refuse_choice(name, f"holds its {key} as a {kind}", "replace before sharding or quantizing")
+        plain = type(value) is nn.Parameter and value.is_floating_point()
+        kind, remedy = f"{type(value.data).__name__} of {value.dtype}", "replace before sharding or quantizing"
+        _refuse_choice(name, f"holds its {key} as a {kind}", "layer.float()" if plain else remedy)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and value.shape != tuple(module.normalized_shape):
         shapes = f"holds its {key} in shape {tuple(value.shape)}, not {tuple(module.normalized_shape)}"
         _refuse_choice(name, shapes, "replace before sharding")
