@@ -1,6 +1,7 @@
-"""What errors advise is done, and helps: those of prediction and of a KL divergence that is not finite.
+"""What errors advise is done, and helps: those of prediction, of training and of a KL divergence that is not finite.
 
-The remedies of other messages stand beside the tests of those messages.
+Those of calls and of replacing are in test_remedies_inputs.py and test_remedies_replace.py, those of the integrations
+and of what needs more than a table beside the tests of their messages.
 """
 
 import math
@@ -78,6 +79,49 @@ def look_for_a_posterior_far_from_its_prior(model):
     return klnorm.kl_divergence(model)
 
 
+def trained(rho_lr):
+    """The KL divergence after three steps with a rate for the deviations."""
+    model = model_of(klnorm.KLLayerNorm(N))
+    optimizer = torch.optim.SGD(klnorm.param_groups(model, lr=1e-3, rho_lr=rho_lr))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(torch.randn(4, N)).square().mean() + klnorm.kl_divergence(model)).backward()
+        optimizer.step()
+    return klnorm.kl_divergence(model)
+
+
+def frozen():
+    return (model_of(klnorm.KLLayerNorm(N)).requires_grad_(False),)
+
+
+def train_the_norm(model):
+    model[0].requires_grad_(True)
+    return [p for group in klnorm.param_groups(model, lr=1e-3) for p in group["params"]]
+
+
+def weighted(**options):
+    return klnorm.KLWeight(**options)(KL)
+
+
+def resumed(state):
+    kl_weight = klnorm.KLWeight(num_examples=len(TRAIN_SET), warmup_steps=2)
+    kl_weight.load_state_dict(state)
+    assert kl_weight.steps == 1
+    return kl_weight(KL)
+
+
+def a_step_on():
+    kl_weight = klnorm.KLWeight(num_examples=len(TRAIN_SET), warmup_steps=2)
+    kl_weight.step()
+    return kl_weight
+
+
+def scale_kl(model):
+    """What `summary` has of the scales."""
+    return torch.tensor([row.scale.kl for row in klnorm.summary(model).layers.values()])
+
+
+TRAIN_SET = range(100)
 PLAIN = model_of(nn.LayerNorm(N), nn.RMSNorm(N))
 KL = klnorm.replace_layer_norm(model_of(nn.LayerNorm(N)))
 BAD_STEP = "look for a diverged step or a bad checkpoint"
@@ -103,8 +147,48 @@ TABLE = {
               load_a_good_checkpoint),
     "overflow": (lambda: diverged("weight_rho", 1e30), lambda model, _: klnorm.kl_divergence(model), BAD_STEP,
                  load_a_good_checkpoint),
+    "not finite in a summary": (
+        lambda: diverged("weight_rho", math.nan), lambda model, _: klnorm.summary(model), BAD_STEP,
+        lambda model, saved: (load_a_good_checkpoint(model, saved), scale_kl(model)),
+    ),
+    "rate of rho": (lambda: (), lambda: trained(1e38), "a lower learning rate for rho often helps",
+                    lambda: trained(1e-2)),
     "overflow of the sum": (two_far_from_their_priors, klnorm.kl_divergence,
                             "Remedy: look for a posterior far from its prior", look_for_a_posterior_far_from_its_prior),
+    "summary, LayerNorm": (
+        lambda: (model_of(nn.LayerNorm(N)),), klnorm.summary, "Remedy: klnorm.replace_layer_norm(model) or",
+        lambda model: scale_kl(klnorm.replace_layer_norm(model)),
+    ),
+    "summary, RMSNorm": (
+        lambda: (model_of(nn.RMSNorm(N)),), klnorm.summary, "or klnorm.replace_rms_norm(model) first.",
+        lambda model: scale_kl(klnorm.replace_rms_norm(model)),
+    ),
+    "nothing to train": (
+        frozen, lambda model: klnorm.param_groups(model, lr=1e-3),
+        "Remedy: set requires_grad of what is to be trained.", train_the_norm,
+    ),
+    "neither, N": (lambda: (), weighted, "Remedy: num_examples=len(train_set), or",
+                   lambda: weighted(num_examples=len(TRAIN_SET))),
+    "neither, D": (lambda: (), weighted, "or per_parameter=model.", lambda: weighted(per_parameter=KL)),
+    "both": (lambda: (), lambda: weighted(num_examples=len(TRAIN_SET), per_parameter=KL),
+             "Remedy: num_examples=len(train_set), or", lambda: weighted(num_examples=len(TRAIN_SET))),
+    "D of no KL layer": (
+        lambda: (model_of(nn.LayerNorm(N)),), lambda model: weighted(per_parameter=model),
+        "Remedy: klnorm.replace_layer_norm(model) first.",
+        lambda model: weighted(per_parameter=klnorm.replace_layer_norm(model)),
+    ),
+    "state": (lambda: (a_step_on(),), lambda kl_weight: resumed(vars(kl_weight)),
+              "Remedy: pass what state_dict() returned.", lambda kl_weight: resumed(kl_weight.state_dict())),
+    "no scale": (
+        lambda: (), lambda: klnorm.KLLayerNorm(N, elementwise_affine=False),
+        "Remedy: nn.LayerNorm(..., elementwise_affine=False).",
+        lambda: nn.LayerNorm(N, elementwise_affine=False)(torch.randn(4, N)),
+    ),
+    "no scale, RMSNorm": (
+        lambda: (), lambda: klnorm.KLRMSNorm(N, elementwise_affine=False),
+        "Remedy: nn.RMSNorm(..., elementwise_affine=False).",
+        lambda: nn.RMSNorm(N, elementwise_affine=False)(torch.randn(4, N)),
+    ),
 }  # fmt: skip
 
 
@@ -115,4 +199,4 @@ def test_what_an_error_advises_helps(case):
     with pytest.raises((ValueError, TypeError), match=re.escape(advice)):
         fail(*arguments)
     result = remedy(*arguments)
-    assert all(tensor.isfinite().all() for tensor in (result if isinstance(result, tuple) else [result]))
+    assert all(tensor.isfinite().all() for tensor in ([result] if isinstance(result, torch.Tensor) else result))

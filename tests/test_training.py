@@ -13,6 +13,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from klnorm import KLLayerNorm, kl_divergence, replace_layer_norm
 from klnorm.training import KLWeight, param_groups
@@ -376,12 +377,27 @@ def test_a_step_before_the_backward_does_not_change_it(device):
     torch.testing.assert_close(found, 0.05 * expected, rtol=1e-12, atol=0)
 
 
-def test_a_capture_without_a_value_on_the_device_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(
-        ValueError, match=r"captured into a CUDA graph before .*Remedy: KLWeight\(\.\.\., device=device\)"
-    ):
-        KLWeight(num_examples=10)._factor(torch.device("cuda", 0))
+@pytest.mark.parametrize("remedy", ["device", "call"])
+def test_a_capture_without_a_value_on_the_device_is_refused(monkeypatch, remedy):
+    device = torch.device("cuda", 0)
+
+    def capture(on):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: on)
+
+    with FakeTensorMode():  # in which a tensor may say that it is on a GPU
+        kl_weight = KLWeight(num_examples=10)
+        capture(True)
+        with pytest.raises(
+            ValueError, match=r"captured .*Remedy: KLWeight\(\.\.\., device=device\), or call it once before capture"
+        ):
+            kl_weight._factor(device)  # which a call asks for
+        capture(False)
+        if remedy == "device":
+            kl_weight = KLWeight(num_examples=10, device=device)
+        else:
+            kl_weight._factor(device)
+        capture(True)
+        assert kl_weight._factor(device).device == device
 
 
 def test_a_weight_first_used_in_inference_mode_can_still_step(device):
