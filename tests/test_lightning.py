@@ -139,8 +139,12 @@ def test_a_gradient_scaler_does_not_scale_the_kl(tmp_path):
 
 def test_a_fused_optimizer_under_a_gradient_scaler_is_refused(tmp_path):
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
-    with pytest.raises(ValueError, match=r"optimizer is fused.*Remedy: fused=False"):
+    with pytest.raises(ValueError, match=r"optimizer is fused.*Remedy: fused=False, or precision='bf16-mixed'"):
         fit(Classifier(fused=True), data(BATCH), tmp_path, KLCallback(weight()), plugins=plugins)
+    for fused, remedy in (False, {"plugins": plugins}), (True, {"precision": "bf16-mixed"}):
+        callback = KLCallback(weight())
+        fit(Classifier(fused=fused), data(BATCH), tmp_path, callback, **remedy)
+        assert callback.kl_weight.steps == 1
 
 
 def test_a_fused_optimizer_without_a_scaler_is_fine(tmp_path):
@@ -202,6 +206,10 @@ def test_a_model_without_kl_layers_is_refused_in_training(tmp_path):
     assert callback.kl_weight.steps > 0
 
 
-def test_the_callback_explains_what_is_wrong():
-    with pytest.raises(TypeError, match=r"kl_weight is a float, expected a klnorm\.KLWeight.*Remedy"):
+def test_the_callback_explains_what_is_wrong(tmp_path):
+    with pytest.raises(TypeError, match=r"kl_weight is a float.*Remedy: klnorm\.KLWeight\(num_examples=len\(train_set"):
         KLCallback(0.1)
+    train_set = data(BATCH)
+    callback = KLCallback(KLWeight(num_examples=len(train_set)))
+    fit(Classifier(), train_set, tmp_path, callback)
+    assert callback.kl_weight.value == 1 / BATCH

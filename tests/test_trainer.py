@@ -321,8 +321,14 @@ def test_a_given_optimizer_class_gets_the_groups(tmp_path):
 @pytest.mark.parametrize("given", [(torch.optim.SGD, {"params": []}), (lambda: None, {})], ids=["groups", "factory"])
 def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path, given):
     trainer = KLTrainer(tiny_bert(), arguments(tmp_path), optimizer_cls_and_kwargs=given)
-    with pytest.raises(ValueError, match=r"comes with groups of its own.*Remedy: pass optimizers="):
+    with pytest.raises(ValueError, match=r"comes with groups of its own.*Remedy: pass optimizers=\(optimizer, None\)"):
         trainer.create_optimizer()
+    model, train_set = tiny_bert(), examples(4)
+    optimizer = torch.optim.SGD(param_groups(model, lr=LR, rho_lr=RHO_LR))
+    trainer = KLTrainer(model, arguments(tmp_path), optimizers=(optimizer, None), train_dataset=train_set)
+    before = copy.deepcopy(model.state_dict())
+    trainer.train()
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if name.endswith("_rho"))
 
 
 def test_a_data_set_without_length_needs_a_weight(tmp_path):
@@ -346,7 +352,7 @@ def test_a_model_without_kl_layers_is_evaluated_but_not_trained(tmp_path):
     with pytest.raises(ValueError, match=r"model has no KL layer.*would be 0.*Remedy: klnorm\.replace_layer_norm"):
         trainer.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
-    replace_layer_norm(trainer.model)
+    replace_layer_norm(trainer.model)  # the remedy
     trainer.train()
     assert training_logs(trainer)[0]["kl"] > 0
 
@@ -362,7 +368,11 @@ def test_the_kl_layers_of_a_peft_model_and_of_model_init_are_found(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"kl_weight": 0.1}, TypeError, r"kl_weight is a float, expected a klnorm\.KLWeight.*Remedy"),
+        (
+            {"kl_weight": 0.1},
+            TypeError,
+            r"kl_weight is a float.*Remedy: klnorm\.KLWeight\(num_examples=len\(train_data",
+        ),
         ({"rho_lr": 10**400}, ValueError, "rho_lr is 1000000.*, expected a finite number above 0"),
         ({"rho_lr": 0.0}, ValueError, "rho_lr is 0.0, expected a finite number above 0"),
     ],
@@ -370,3 +380,11 @@ def test_the_kl_layers_of_a_peft_model_and_of_model_init_are_found(tmp_path):
 def test_the_mixin_explains_what_is_wrong(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         KLTrainer(tiny_bert(), arguments(tmp_path), **options)
+
+
+def test_the_weight_that_is_advised(tmp_path):
+    train_dataset = examples(4)
+    kl_weight = KLWeight(num_examples=len(train_dataset))
+    trainer = KLTrainer(tiny_bert(), arguments(tmp_path), train_dataset=train_dataset, kl_weight=kl_weight)
+    trainer.train()
+    assert training_logs(trainer)[-1]["kl_weight"] == 1 / 4
