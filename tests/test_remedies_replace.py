@@ -142,6 +142,17 @@ def test_what_was_parametrized_is_restored_without():
     assert klnorm.kl_layers(klnorm.restore_layer_norm(model)) == {}
 
 
+def test_a_norm_is_restored_before_a_forward_is_put_into_it():
+    model = klnorm.replace_layer_norm(model_of(nn.LayerNorm(N)))
+    model[2].forward = model[2].forward
+    with pytest.raises(ValueError, match=r"Remedy: replace or restore first, or undo that and `del layer\.forward`\."):
+        klnorm.restore_layer_norm(model)
+    del model[2].forward
+    klnorm.restore_layer_norm(model)
+    model[2].forward = model[2].forward
+    assert torch.equal(model(torch.ones(3, N)), model(torch.ones(3, N)))
+
+
 def test_a_model_that_is_wrapped_after():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -204,8 +215,35 @@ def test_the_filter_of_a_last_norms_and_the_smaller_k():
     assert list(klnorm.kl_layers(klnorm.replace_layer_norm(model_of(nn.LayerNorm(N)), filter_fn=meant))) == ["2"]
 
 
-def test_a_model_without_norms_that_have_a_scale():
-    with pytest.warns(UserWarning, match=r"Remedy: a model with norms that have a scale, or klnorm\.replace_rms_norm"):
-        klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(N, elementwise_affine=False)))
-    assert list(klnorm.kl_layers(klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(N))))) == ["0"]
-    assert list(klnorm.kl_layers(klnorm.replace_rms_norm(nn.Sequential(nn.RMSNorm(N))))) == ["0"]
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_model_without_norms_that_have_a_scale(norm):
+    replace, other = klnorm.replace_layer_norm, klnorm.replace_rms_norm
+    if norm is nn.RMSNorm:
+        replace, other = other, replace
+    advice = rf"Remedy: a model with norms that have a scale, or klnorm\.{other.__name__} for one"
+    with pytest.warns(UserWarning, match=advice):
+        replace(nn.Sequential(norm(N, elementwise_affine=False)))
+    assert list(klnorm.kl_layers(replace(nn.Sequential(norm(N))))) == ["0"]
+    other_norm = nn.LayerNorm if norm is nn.RMSNorm else nn.RMSNorm
+    assert list(klnorm.kl_layers(other(nn.Sequential(other_norm(N))))) == ["0"]
+
+
+def test_a_kl_rms_norm_in_the_place_of_a_subclass_that_is_passed_over():
+    class Negative(nn.RMSNorm):
+        def forward(self, x):
+            return -super().forward(x)
+
+    class KLNegative(klnorm.KLRMSNorm):
+        def forward(self, x):
+            return -super().forward(x)
+
+    model = model_of(Negative(N))
+    with pytest.warns(UserWarning, match=r"passed over 1 Negative.*it has 1 LayerNorm\. Remedy: klnorm\.replace_layer"):
+        klnorm.replace_rms_norm(model)
+    with pytest.warns(UserWarning, match=r"passed over 1 Negative.*Remedy: a klnorm\.KLRMSNorm in their place"):
+        klnorm.replace_rms_norm(model[2:])
+    own = KLNegative(N).eval()
+    own.load_state_dict(model[2].state_dict())
+    x = torch.randn(3, N)
+    assert torch.equal(own(x), model[2](x))
+    assert list(klnorm.kl_layers(klnorm.replace_layer_norm(model))) == ["1"]
