@@ -37,7 +37,7 @@ def test_what_the_compiler_refuses_is_told_in_its_words():
     name, again, *words = refusal.splitlines()
     assert name == (
         "returns_before_none((float32, (float32, None), None, None); IS_RMS=False, NOISE='none', ORDER='rows', "
-        "GROUPED=False, FAST=True, N=8, VEC=1, BLOCK_M=1, BLOCK_N=16, STAGES=1)"
+        "GROUPED=False, OFFSET=0.0, FAST=True, N=8, VEC=1, BLOCK_M=1, BLOCK_N=16, STAGES=1)"
     )
     assert again.startswith("To see it again: python -m pytest tests/test_native.py::test_what_the_compiler_refuses")
     assert words[0].startswith("CompilationError")

@@ -74,8 +74,10 @@ def row_mean(rows):
 
 def residual_sum(x, residual):
     """x + residual in the dtype of the residual, rounded once; x without one."""
+    if residual is None:
+        return x
     acc = accumulation_dtype(x)
-    return x if residual is None else (x.to(acc) + residual.to(acc)).to(residual.dtype)
+    return (x.to(acc) + residual.to(acc)).to(residual.dtype)
 
 
 def reciprocal_root(variance):
