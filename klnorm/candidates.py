@@ -117,12 +117,7 @@ def check_uncovered(name, module, refuse):
 
 def refuse(name, what, remedy):
     """Raise for a layer that cannot change its class."""
-    raise ValueError(f"layer {named(name)} {what}, expected a plain one. Remedy: {remedy}.")
-
-
-def named(name):
-    """A qualified name as messages have it."""
-    return repr(name or "(the model itself)")
+    raise ValueError(f"layer {checks.named(name)} {what}, expected a plain one. Remedy: {remedy}.")
 
 
 def _refuse_choice(name, what, remedy):

@@ -188,6 +188,11 @@ def is_readable(tensor):
     )
 
 
+def named(name):
+    """The qualified name of a layer as messages have it."""
+    return repr(name or "(the model itself)")
+
+
 def shown(value):
     """`value` for a message, cut where it is long."""
     try:

@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 
 from . import checks
-from .candidates import LAYER_NORMS, RMS_NORMS, named
+from .candidates import LAYER_NORMS, RMS_NORMS
 
 
 class last_norms:
@@ -76,8 +76,8 @@ def _ask(filter_fn, candidate):
     answer = filter_fn(candidate.module, candidate.name)
     if not isinstance(answer, bool):
         raise TypeError(
-            f"filter_fn returned a {type(answer).__name__} for layer {named(candidate.name)}, expected a bool: a "
-            "string or a generator would be true by accident. Remedy: return bool(...) of what is meant."
+            f"filter_fn returned a {type(answer).__name__} for layer {checks.named(candidate.name)}, expected a bool: "
+            "a string or a generator would be true by accident. Remedy: return bool(...) of what is meant."
         )
     return answer
 

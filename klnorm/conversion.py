@@ -2,7 +2,7 @@
 
 import copy
 
-from .candidates import named
+from . import checks
 from .posterior import KLNorm
 
 _TENSORS = "_parameters", "_buffers"
@@ -77,11 +77,12 @@ def _tie(name, twin, owners):
     owner_name, owner, _ = next(iter(shared.values()))
     same_means = {mean: (owner_name, owner, mean) for mean in _means(owner)}
     if shared != same_means or shared.keys() != means.keys() or _reading(twin) != _reading(owner):
-        pairs = ", ".join(f"{mean} with {its} of {named(other)}" for mean, (other, _, its) in shared.items())
+        pairs = ", ".join(f"{mean} with {its} of {checks.named(other)}" for mean, (other, _, its) in shared.items())
         raise ValueError(
-            f"layer {named(name)} shares parameters with another layer ({pairs}), expected to share all of them, under "
-            "the same names, with a layer of the same posterior, prior and prior_std: what is shared has one posterior."
-            " Remedy: layer.weight = nn.Parameter(layer.weight.detach().clone()), or leave one out with filter_fn."
+            f"layer {checks.named(name)} shares parameters with another layer ({pairs}), expected to share all of "
+            "them, under the same names, with a layer of the same posterior, prior and prior_std: what is shared has "
+            "one posterior. Remedy: layer.weight = nn.Parameter(layer.weight.detach().clone()), or leave one out with "
+            "filter_fn."
         )
     for mean in means:
         for kind, name_of in zip(_TENSORS, (f"{mean}_rho", f"{mean}_prior"), strict=True):

@@ -2,22 +2,19 @@
 
 import inspect
 
+from . import checks
+
 _REMEDY_OF_OFFLOADING = (
     "Remedy: around the call enter accelerate.utils.align_module_device(layer) for every layer of "
     "klnorm.kl_layers(model).values(), all in one contextlib.ExitStack()."
 )
 
 
-def shown(name):
-    """The qualified name of a layer as messages have it."""
-    return repr(name or "(the model itself)")
-
-
 def check_not_absent(name, layer, key, tensor):
     """Raise for a tensor on the meta device."""
     if not tensor.is_meta:
         return
-    what = f"{key} of layer {shown(name)} is on the meta device"
+    what = f"{key} of layer {checks.named(name)} is on the meta device"
     if "_hf_hook" in vars(layer):
         raise ValueError(
             f"{what}, where accelerate leaves what it has offloaded outside of forward, expected one that holds "
@@ -54,7 +51,7 @@ def check_forward(name, layer):
     own = inspect.unwrap(type(layer).forward)
     if layer.training and layer.posterior == "sampled" and getattr(forward, "__func__", forward) is not own:
         raise ValueError(
-            f"layer {shown(name)} is in training mode with a forward that another library put into it, expected its "
-            "own: nothing is sampled, so there is no KL divergence to charge. Remedy: del layer.forward; or, where it "
-            "calls the layer's own, make it with functools.wraps(layer.forward)."
+            f"layer {checks.named(name)} is in training mode with a forward that another library put into it, expected "
+            "its own: nothing is sampled, so there is no KL divergence to charge. Remedy: del layer.forward; or, where "
+            "it calls the layer's own, make it with functools.wraps(layer.forward)."
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from . import checks
 from .blocks import LOCK
 from .inputs import resolve_sample_dim
 from .posterior import KLNorm
@@ -110,7 +111,7 @@ def _check_draws(name, layer, x, inputs):
     draws, _ = draw_layout(x.shape, n_normalized, layer.noise, sample_dim)
     if draws % inputs:
         raise ValueError(
-            f"layer {name or '(the model itself)'!r} with noise={layer.noise!r}, sample_dim={layer.sample_dim} has "
+            f"layer {checks.named(name)} with noise={layer.noise!r}, sample_dim={layer.sample_dim} has "
             f"{draws} draw(s) for {inputs} inputs in an x of shape {tuple(x.shape)}, expected as many or a multiple: "
             "with max_batch an input is repeated, and all its copies would share a draw. Remedy: leave out max_batch."
         )

@@ -32,7 +32,7 @@ def check_later(model, layers, names, values):
         del _sent[model]  # whoever goes on has mended it, or will see the next one
         first, value = bad[0]
         if first < len(sent.names):
-            of = f"layer {_shown(sent.names[first])}"
+            of = f"layer {checks.named(sent.names[first])}"
         elif any(is_sharded(p) for layer in layers.values() for p in layer.parameters()):
             of = "a sharded layer"  # which one only all ranks together can tell, and others may not be here yet
         else:
@@ -79,14 +79,10 @@ def _explain(layers, found=""):
                 held = layer.posterior_and_prior()._asdict() | dict(layer.named_parameters(recurse=False))
                 tensors = [(key, whole(tensor)) for key, tensor in held.items() if tensor is not None]
                 return (
-                    f"{found}the KL divergence of layer {_shown(name)} is {value}: "
+                    f"{found}the KL divergence of layer {checks.named(name)} is {value}: "
                     f"{checks.describe_not_finite(tensors)}. {_REMEDY}"
                 )
     return (
         f"{found}the sum of the layers' finite KL divergences overflows. "
         "Remedy: look for a posterior far from its prior."
     )
-
-
-def _shown(name):
-    return repr(name or "(the model itself)")

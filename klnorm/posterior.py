@@ -164,13 +164,8 @@ class KLNorm(nn.Module):
     def _evaluate(self, x, residual):
         dtype, weight = getattr(x, "dtype", None), self.weight
         alike = weight is not None and dtype is weight.dtype and self.out_dtype in (None, dtype)
-        is_plain = not self._is_rms or self.bias is None
-        if (
-            residual is None
-            and is_plain
-            and alike
-            and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type))
-        ):
+        alike = alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type))
+        if alike and residual is None and (self.bias is None or not self._is_rms):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
                 inputs.check_input(x, self.normalized_shape)
             inputs.check_device("weight", weight, x)
@@ -221,7 +216,7 @@ class KLNorm(nn.Module):
         return None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
 
     def _as_scale(self, weight):
-        # 1 + weight in bf16 would lose what training changes.
+        """The scale of a weight, in fp32 or wider: 1 + weight in bf16 would lose what training changes."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         return self._weight_offset + weight.to(wide) if self._weight_offset else weight
 

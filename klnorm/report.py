@@ -233,6 +233,6 @@ def _reduce(features, threshold):
 def _explain(name, layer, part):
     what = checks.describe_not_finite(_tensors(name, layer, part).items())
     return (
-        f"the {part} of layer {covered.shown(name)} has values that are not finite: {what}. "
+        f"the {part} of layer {checks.named(name)} has values that are not finite: {what}. "
         "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
     )
