@@ -83,7 +83,7 @@ def _each_its_own_draw(model, inputs):
     """Inside of it the KL layers of `model` raise, in this thread, where some of the `inputs` would share a draw."""
     thread, hooks = threading.get_ident(), []
 
-    def check(name, layer, arguments, keywords):
+    def check(name, layer, arguments, keywords=None):  # None where another thread calls it half registered
         if torch.compiler.is_compiling() or threading.get_ident() != thread:
             return
         x = next(iter((*arguments, *keywords.values())), None)
