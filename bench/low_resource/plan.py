@@ -28,9 +28,12 @@ class Tuning(NamedTuple):
 
 TUNING = {"text": Tuning(("trec",), (1000, 1001)), "speech": Tuning(("fsdd",), (1000, 1001))}
 REPORTED = "trec", "sst2", "fsdd"
+REPLICATED = "sick", "cola", "banking77", "clinc150"  # tasks of the replication alone
+LEADS = "layer_norm", "l2_sp", "kl_sample", "affine_lr", "kl_affine"  # its arms
 FEW_ARMS = {
     # The longest texts; for time: the baselines that train alike, the primary arm, its ablations, the last norm alone.
-    "sst2": ("layer_norm", "dropout", "l2_sp", "kl_sample", "kl_last", "noise_only", "kl_only"),
+    "sst2": ("dropout", "kl_last", "noise_only", "kl_only", *LEADS),
+    **dict.fromkeys(REPLICATED, LEADS),
     # From scratch all learns fast enough for scales and shifts to move.
     "fsdd": tuple(name for name in ARMS if name not in ("affine_lr", "kl_affine")),
 }
