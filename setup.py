@@ -5,10 +5,11 @@ from runpy import run_path
 
 from setuptools import find_packages, setup
 
-DEMO = ["scikit-learn", "matplotlib"]
+DEMO = ["scikit-learn", "scipy>=1.15", "matplotlib", "tabulate", "tqdm"]
+BENCH = ["matplotlib", "tabulate", "tqdm"]
 HF = ["transformers>=5", "accelerate"]
 LIGHTNING = ["lightning>=2.4"]
-STUDY = [*DEMO, *HF, "scipy>=1.15", "tqdm"]
+STUDY = [*DEMO, *HF]
 
 setup(
     name="klnorm",
@@ -26,7 +27,7 @@ setup(
     install_requires=["torch>=2.6", "triton>=3.4; platform_system == 'Linux'", "numpy"],
     extras_require={
         "demo": DEMO,
-        "bench": ["matplotlib"],
+        "bench": BENCH,
         "plot": ["matplotlib"],
         "hf": HF,
         "lightning": LIGHTNING,
