@@ -13,7 +13,7 @@ STUDY = [*DEMO, *HF]
 
 setup(
     name="klnorm",
-    version=run_path("klnorm/versions.py")["__version__"],
+    version=run_path("klnorm/versions/__init__.py")["__version__"],
     description="KL-regularized LayerNorm for PyTorch, as fused Triton kernels",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -76,6 +76,8 @@ def test_imports_go_one_way(layer):
     parts = {module_of(path)[1] for path in SOURCES}
     graph = {part: set() for part in parts}
     for path in SOURCES:
+        if path.stem == "__main__":
+            continue  # a command, which nothing imports
         names = [name.split(".") for name in imports_of(path)]
         # Names that are not files come from klnorm/__init__.py.
         targets = {(name[1:] or ["__init__"])[0] for name in names if name[0] == "klnorm"}
