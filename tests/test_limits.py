@@ -1,4 +1,4 @@
-"""What the section "Limits" of README says."""
+"""What docs/limits.md says."""
 
 import copy
 
