@@ -34,6 +34,11 @@ def test_readme_is_short_and_says_in_its_third_line_what_the_study_found():
     assert "not more accurate than LayerNorm" in read("README.md").splitlines()[2]
 
 
+def test_changelog_begins_with_this_version():
+    (version, *_) = re.findall(r"^## (\S+) - \d{4}-\d\d-\d\d$", read("CHANGELOG.md"), re.MULTILINE)
+    assert version == klnorm.__version__
+
+
 def anchors(text):
     """GitHub's names of the headings in Markdown."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
