@@ -10,7 +10,7 @@ from torch import nn
 from . import checks, inputs
 from .functional import Settings, normalize
 from .posterior import KLNorm, _nothing
-from .reference.kl_norm import accumulation_dtype
+from .reference.kl_norm import accumulation_dtype, residual_sum
 from .sharded import is_sharded
 from .spec import Parameters
 
@@ -53,7 +53,8 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 
     Shape:
         Input (..., \*normalized_shape), fp16, bf16, fp32 or fp64, of 1 to 65535 samples with any number of rows; one of
-        exactly `normalized_shape` is a sample. Output the same, in the input's dtype. Backward saves x and no other
+        exactly `normalized_shape` is a sample. Output the same, in the input's dtype or `out_dtype`; with a residual, that and
+        the sum. Backward saves x and no other
         tensor of its size; the parameters of the samples are 4 N numbers for each, little where it has many rows.
 
     Parameters:
@@ -138,8 +139,10 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         if self._shortcut_guard is None:
             self._shortcut_guard = self.register_forward_pre_hook(_nothing)
 
-    def forward(self, x, condition=None, mask=None):
+    def forward(self, x, condition=None, mask=None, residual=None):
         """y, like `x`: sampled in training mode, with the means of every sample in evaluation mode.
+
+        With a residual (y, x + residual), as from KLLayerNorm; the conditions are those of the sum.
 
         Args:
             x: (..., *normalized_shape).
@@ -147,8 +150,16 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
             mask: for condition="self", bool or integer, in the shape of `x` without its normalized dimensions: True, or
                 not 0, for the rows that the summary is a mean of, like an attention_mask of transformers; None: all.
                 The summary of a sample without such rows is 0. The other rows are normalized all the same.
+            residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), added to it.
         """
         inputs.check_input(x, self.normalized_shape)
+        if residual is not None:
+            inputs.check_residual(residual, x)
+            total = residual_sum(x, residual)
+            return self._normalize(total, condition, mask, self.out_dtype or x.dtype), total
+        return self._normalize(x, condition, mask, self.out_dtype)
+
+    def _normalize(self, x, condition, mask, out_dtype):
         inputs.check_device("weight", self.weight, x)
         dim = inputs.resolve_sample_dim(x, len(self.normalized_shape), self.sample_dim)
         alone = x.dim() == len(self.normalized_shape)
@@ -166,7 +177,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
                 _check_absent("mask", mask, self.condition)
                 _check_condition(condition, (samples.shape[0], self.condition), x)
                 c = condition.to(accumulation_dtype(x))
-            y, kl = self._normalize_samples(samples, c, sampling)
+            y, kl = self._normalize_samples(samples, c, sampling, out_dtype)
         if alone:
             y = y.squeeze(0)
         elif dim:
@@ -190,7 +201,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
             rows, count = rows.masked_fill(~real[..., None], 0), real.sum(1, keepdim=True).clamp(min=1)
         return rows.sum(1, dtype=accumulation_dtype(samples)) / count
 
-    def _normalize_samples(self, samples, c, sampling):
+    def _normalize_samples(self, samples, c, sampling, out_dtype=None):
         """(y, kl) of samples (samples, ..., *normalized_shape) under the conditions c (samples, C)."""
         static = torch.stack([p.flatten() for p in super().posterior_parameters()]).to(c.dtype)
         low = F.linear(c, self.condition_down.to(c.dtype))
@@ -199,7 +210,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         weight, weight_rho, *shift = (p.squeeze(0) for p in each.unflatten(2, self.normalized_shape))
         bias, bias_rho = shift or (None, None)
         parameters = Parameters(weight, bias, weight_rho, bias_rho, self.weight_prior, self.bias_prior)
-        settings = Settings("layer", "sampled", self.noise, 0, self.prior_std, self.eps, self.out_dtype)
+        settings = Settings("layer", "sampled", self.noise, 0, self.prior_std, self.eps, out_dtype)
         y, _, kl = normalize(
             samples, None, self.normalized_shape, parameters, settings, sampling, generator=self.generator
         )

@@ -111,8 +111,9 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
             :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
 
     Shape:
-        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
-        or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns that too: (y, x + r).
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, channels_last where the input is
+        and else contiguous, in the input's dtype or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns
+        that too: (y, x + r).
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic

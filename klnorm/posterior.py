@@ -159,6 +159,7 @@ class KLNorm(nn.Module):
         y, total, kl = normalize(x, residual, shape, held, settings, True, generator=self.generator)
         if not compiling:
             self._last_kl.remember(kl, held, self.prior_std)
+        y = _in_format_of(x, y) if self._is_rms else y
         return y if residual is None else (y, total)
 
     def _evaluate(self, x, residual):
@@ -177,6 +178,7 @@ class KLNorm(nn.Module):
         kind = "rms" if self._is_rms else "layer"
         settings = Settings(kind, "deterministic", "batch", 0, self.prior_std, eps, self.out_dtype)
         y, total, _ = normalize(x, residual, shape, means, settings, sample=False)
+        y = _in_format_of(x, y) if self._is_rms else y
         return y if residual is None else (y, total)
 
     def _out_dtype(self, z):
@@ -267,6 +269,14 @@ class KLNorm(nn.Module):
             ours = f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
         dtype = "" if self.out_dtype is None else f"out_dtype={self.out_dtype}"
         return ", ".join(part for part in (super().extra_repr(), ours, dtype) if part)
+
+
+def _in_format_of(x, y):
+    """y, channels_last where x is, as nn.RMSNorm answers; nn.LayerNorm answers contiguously."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return y
+    return y.contiguous(memory_format=channels_last)
 
 
 def _nothing(module, args):
