@@ -53,9 +53,9 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 
     Shape:
         Input (..., \*normalized_shape), fp16, bf16, fp32 or fp64, of 1 to 65535 samples with any number of rows; one of
-        exactly `normalized_shape` is a sample. Output the same, in the input's dtype or `out_dtype`; with a residual, that and
-        the sum. Backward saves x and no other
-        tensor of its size; the parameters of the samples are 4 N numbers for each, little where it has many rows.
+        exactly `normalized_shape` is a sample. Output the same, in the input's dtype or `out_dtype`; with a residual,
+        that and the sum. Backward saves x and no other tensor of its size; the parameters of the samples are 4 N
+        numbers for each, little where it has many rows.
 
     Parameters:
         weight, bias, weight_rho, bias_rho: as for `KLLayerNorm`.
