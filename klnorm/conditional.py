@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checks, inputs
+from . import checks, compat, inputs
+from .compat import is_sharded
 from .functional import Settings, normalize
-from .posterior import KLNorm, _nothing
+from .layers import KLNorm
 from .reference.kl_norm import accumulation_dtype, residual_sum
-from .sharded import is_sharded
 from .spec import Parameters
 
 # U V is 0 at first, and V like the weight of an nn.Linear.
@@ -127,17 +127,11 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
             for name, initialize in _LOW_RANK.items():
                 initialize(getattr(self, name))
 
-    @KLNorm._is_hf_initialized.setter
-    def _is_hf_initialized(self, value):
-        KLNorm._is_hf_initialized.fset(self, value)
-        for name, initialize in _LOW_RANK.items():
-            if value and not getattr(getattr(self, name), "_is_hf_initialized", False):
-                initialize(getattr(self, name))
+    def _initializers(self):
+        return {**super()._initializers(), **_LOW_RANK}
 
-    def _guard_shortcut(self, removed=False):
-        """Attach the hook for good: in evaluation, too, this layer is more than its weight and bias."""
-        if self._shortcut_guard is None:
-            self._shortcut_guard = self.register_forward_pre_hook(_nothing)
+    def _guard_shortcut(self):
+        compat.guard_shortcut(self, True)  # in evaluation, too, this layer is more than its weight and bias
 
     def forward(self, x, condition=None, mask=None, residual=None):
         """y, like `x`: sampled in training mode, with the means of every sample in evaluation mode.
@@ -183,7 +177,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         elif dim:
             y = y.movedim(0, dim)
         if sampling:
-            if not checks.in_backward():
+            if not compat.in_backward():
                 self._last_condition.remember(c)
             if not compiling:
                 self._last_kl.remember(kl, self._kl_inputs(), self.prior_std)
@@ -277,7 +271,7 @@ class _LastCondition:
         """Keep c, (samples, C), and return what is kept."""
         self.compiled = torch.compiler.is_compiling()
         self.spent = not torch.is_grad_enabled() or (c.requires_grad and not self.compiled)
-        self._condition = None if checks.transforming() else c.clone()  # a transform's tensors do not outlive it
+        self._condition = None if compat.transforming() else c.clone()  # a transform's tensors do not outlive it
         return self._condition
 
     def recall(self):

@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from . import checks
-from .sharded import is_sharded, whole
+from .compat import is_sharded, whole
 
 _REMEDY = "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
 

@@ -9,7 +9,7 @@ import torch
 from . import checks
 from .blocks import Meanwhile, Switch
 from .draws import as_call, batch_of, can_sample, outputs
-from .posterior import KLNorm
+from .layers import KLNorm
 
 
 @contextlib.contextmanager

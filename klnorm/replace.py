@@ -3,9 +3,9 @@
 from . import checks
 from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_uncovered, plain_type, refuse
 from .choice import choose, warn_of_others
+from .compat import is_sharded
 from .conversion import make_twins, swap
-from .modules import KLRMSNorm
-from .sharded import is_sharded
+from .layers import KLRMSNorm
 
 _PRIORS = "current", "standard"
 _WITHOUT_SHIFT = (

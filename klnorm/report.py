@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import checks, covered
+from . import checks, compat
+from .compat import whole
 from .kl import some_kl_layers
 from .reference.kl_norm import kl_deterministic, kl_normal, softplus
-from .sharded import whole
 
 _MEANS = {"scale": "weight", "shift": "bias"}
 _TINY = 1e-30  # a ratio to a deviation that underflows is to be a number in fp32 too, as TensorBoard keeps fp32
@@ -218,7 +218,7 @@ def _tensors(name, layer, part):
     tensors = layer.posterior_and_prior()._asdict()
     tensors = {key: tensors[key] for key in keys if tensors[key] is not None}
     for key, tensor in tensors.items():
-        covered.check_not_absent(name, layer, key, tensor)
+        compat.check_not_absent(name, layer, key, tensor)
     return {key: whole(tensor) for key, tensor in tensors.items()}
 
 

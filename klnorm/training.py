@@ -7,7 +7,7 @@ from torch import nn
 
 from . import checks
 from .kl import kl_divergence, kl_layers
-from .posterior import KLNorm
+from .layers import KLNorm
 
 _NORMS = KLNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 

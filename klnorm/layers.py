@@ -1,11 +1,12 @@
-"""What every KL layer has and the norm that it stands for has not: a posterior over its scale and shift."""
+"""The layers: norms whose scale and shift have posteriors, and what a forward of theirs does."""
 
+import functools
 import math
 
 import torch
 from torch import nn
 
-from . import checks, inputs
+from . import checks, compat, inputs
 from .functional import Settings, normalize
 from .kl import LastKL, kl_divergence
 from .reference.kl_norm import kl_deterministic, kl_normal
@@ -55,7 +56,7 @@ class KLNorm(nn.Module):
         for name in self._means:
             self._parameters.pop(f"{name}_rho", None)
             self._buffers.pop(f"{name}_prior", None)
-        self._guard_shortcut(removed=True)
+        compat.guard_shortcut(self, False)
         for name in SETTINGS:
             vars(self).pop(name, None)
 
@@ -91,22 +92,26 @@ class KLNorm(nn.Module):
         if "weight_rho" in self._parameters:  # the norm's own constructor calls this before they exist
             self._reset_rho()
 
+    def _initializers(self):
+        """Tensor that the plain norm has not -> function that gives it the values of a new layer."""
+        found = {}
+        for name in self._means:
+            found[f"{name}_rho"] = lambda rho: nn.init.constant_(rho, self._initial_rho())
+            found[f"{name}_prior"] = functools.partial(self._centre, name)
+        return found
+
+    def _centre(self, name, prior):
+        prior.copy_(self._prior_for(name, getattr(self, name)))
+
     @property
     def _is_hf_initialized(self):
         return vars(self).get("_is_hf_initialized", False)
 
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value):
-        """transformers marks tensors that it has loaded, gives the others memory without values, initializes what it
-        knows of a norm, weight and bias, and then marks the module: the moment to initialize what it does not know.
-        """
         vars(self)["_is_hf_initialized"] = value
-        for name in self._means:
-            mean, rho, prior = (getattr(self, key) for key in (name, f"{name}_rho", f"{name}_prior"))
-            if value and rho is not None and not getattr(rho, "_is_hf_initialized", False):
-                nn.init.constant_(rho, self._initial_rho())
-            if value and prior is not None and not getattr(prior, "_is_hf_initialized", False):
-                prior.copy_(self._prior_for(name, mean))
+        if value:
+            compat.initialize_unloaded(self)
 
     def train(self, mode=True):
         """As for every module; in training mode scale and shift are sampled."""
@@ -120,18 +125,8 @@ class KLNorm(nn.Module):
         self._sampling = sampling
         self._guard_shortcut()
 
-    def _guard_shortcut(self, removed=False):
-        """Attach a hook that does nothing while this layer samples.
-
-        nn.TransformerEncoderLayer in evaluation mode reads the norms' weight and bias without calling them, unless one
-        of its modules has a hook.
-        """
-        guarded = (self.training or self._sampling) and not removed
-        if guarded and self._shortcut_guard is None:
-            self._shortcut_guard = self.register_forward_pre_hook(_nothing)
-        elif not guarded and self._shortcut_guard is not None:
-            self._shortcut_guard.remove()
-            self._shortcut_guard = None
+    def _guard_shortcut(self):
+        compat.guard_shortcut(self, self.training or bool(self._sampling))
 
     def forward(self, x, residual=None):
         """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode.
@@ -234,33 +229,10 @@ class KLNorm(nn.Module):
         return terms if bias is None else [*terms, (kl_normal, (bias, bias_rho), bias_prior, prior_std)]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Also accept the state of the plain norm: the loaded values become means and prior means, rho stays.
-
-        A prior that `klnorm.replace_layer_norm` centred on the standard values stays as well.
-        """
-        added = [f"{prefix}{name}_{kind}" for name in self._means for kind in ("rho", "prior")]
-        if f"{prefix}weight" in state_dict and not any(key in state_dict for key in added):
-            state_dict = dict(state_dict)
-            for name in self._means:
-                loaded = state_dict.get(f"{prefix}{name}")
-                if loaded is None:
-                    continue
-                rho, prior = getattr(self, f"{name}_rho"), getattr(self, f"{name}_prior")
-                is_tensor = isinstance(loaded, torch.Tensor)  # what is none torch refuses, and says so of it alone
-                if rho is not None:
-                    state_dict[f"{prefix}{name}_rho"] = (
-                        self._rho_for(name, loaded, local_metadata) if is_tensor else rho
-                    )
-                if prior is not None:
-                    state_dict[f"{prefix}{name}_prior"] = self._prior_for(name, loaded) if is_tensor else prior
+        """Also accept the state of the plain norm."""
+        assigned = local_metadata.get("assign_to_params_buffers", False)
+        state_dict = compat.with_posterior(self, state_dict, prefix, assigned)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    def _rho_for(self, name, loaded, local_metadata):
-        """The present rho; where tensors are assigned, like the loaded mean, and initial if it has no values."""
-        rho = getattr(self, f"{name}_rho").detach()
-        if not local_metadata.get("assign_to_params_buffers", False):
-            return rho
-        return torch.full_like(loaded, self._initial_rho()) if rho.is_meta else rho.to(loaded)
 
     def extra_repr(self):
         if self.posterior == "deterministic":
@@ -271,13 +243,195 @@ class KLNorm(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), ours, dtype) if part)
 
 
+class KLLayerNorm(KLNorm, nn.LayerNorm):
+    r"""LayerNorm whose scale and shift are Gaussian posteriors, sampled in training and held to a prior by a KL term.
+
+    In training mode every draw of scale and shift is
+    :math:`\gamma = \mathrm{weight} + \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon`, likewise :math:`\beta`; in
+    evaluation mode the layer is `nn.LayerNorm` with the posterior means, bit for bit where `x` and the parameters have
+    one dtype. `klnorm.sampling(model)` samples in evaluation mode. Add `klnorm.kl_divergence(model)`, weighted, to the
+    loss. A training forward whose divergence nobody takes may keep its graph alive until the layer's next forward. See
+    `klnorm.functional.kl_layer_norm` for the formulas and their source.
+
+    Args:
+        normalized_shape: int or sequence of ints, as for nn.LayerNorm.
+        eps: added to the variance, >= 0.
+        elementwise_affine: must be True: the layer is about the scale and shift.
+        bias: False leaves out the shift, `bias` and `bias_rho` are None then.
+        device, dtype: of the parameters.
+        noise: which rows share a draw: "batch" all, "sample" (default) those of one sample, "token" none.
+        sample_dim: dimension of the input that counts samples.
+        init_std: initial posterior deviation, > 0.
+        prior_std: deviation of the prior, > 0.
+        generator: torch.Generator of the input's device to draw the seed of every forward from; torch's own if None.
+        posterior: "sampled", or "deterministic": no noise and no deviations, so that the layer has exactly the
+            parameters of nn.LayerNorm and computes the same, and the normalized activation itself is taken for the
+            noise: :math:`y_j \sim N(\mathrm{bias}_j, \mathrm{weight}_j^2)`, held by the KL term to
+            :math:`N(\mathrm{bias\_prior}_j, \mathrm{prior\_std}^2)`. Use it for a regularizer without noise, arithmetic
+            or parameters of its own. weight plays the deviation, so choose a `prior_std` of the size that weights
+            have, about 1: the default of 0.1, meant for the sampled reading, would pull them all to 0.1. `noise`,
+            `sample_dim`, `init_std` and `generator` have no effect then.
+        out_dtype: floating dtype of the output; that of the input if None.
+
+    Shape:
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
+        or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns that too: (y, x + r).
+
+    Parameters:
+        weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
+            reading. All of `normalized_shape`.
+    Buffers (persistent):
+        weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.LayerNorm checkpoint becomes the prior.
+            weight_prior is None in the deterministic reading.
+
+    Raises:
+        TypeError, ValueError: as `klnorm.functional.kl_layer_norm`, and for elementwise_affine=False. Options are
+            checked when the layer is made; an `init_std` has to be finite in the parameters' dtype.
+
+    Example:
+        >>> layer = klnorm.KLLayerNorm(8, noise="token")
+        >>> y = layer(torch.randn(4, 5, 8))
+        >>> loss = y.square().mean() + layer.kl_divergence() / 1000
+        >>> layer = klnorm.KLLayerNorm(8, posterior="deterministic", prior_std=1.0)
+        >>> [name for name, _ in layer.named_parameters()], abs(round(layer.kl_divergence().item(), 5))
+        (['weight', 'bias'], 0.0)
+    """
+
+    _plain_class = nn.LayerNorm
+
+    def __init__(
+        self,
+        normalized_shape,
+        eps=1e-5,
+        elementwise_affine=True,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        noise="sample",
+        sample_dim=0,
+        init_std=0.05,
+        prior_std=0.1,
+        generator=None,
+        posterior="sampled",
+        out_dtype=None,
+    ):
+        _check_affine(elementwise_affine, "LayerNorm")
+        checks.check_flag("bias", bias)
+        checks.check_dtype(dtype)
+        eps = checks.as_number("eps", eps, at_least=0)
+        super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
+        self._add_posterior(
+            noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
+            posterior=posterior, out_dtype=out_dtype,
+        )  # fmt: skip
+
+
+class KLRMSNorm(KLNorm, nn.RMSNorm):
+    r"""RMSNorm whose scale is a Gaussian posterior, sampled in training and held to a prior by a KL term.
+
+    `KLLayerNorm` without mean and, unless asked for, shift: see there, and `klnorm.functional.kl_rms_norm` for the
+    formulas. In evaluation mode the layer is `nn.RMSNorm` with the posterior means, bit for bit where `x` and the
+    weight have one dtype; with a shift, which nn.RMSNorm has not, :math:`\mathrm{weight}\,\hat x + \mathrm{bias}`,
+    rounded once.
+
+    Args:
+        normalized_shape: int or sequence of ints, as for nn.RMSNorm.
+        eps: added to the mean square, >= 0; None as in nn.RMSNorm.
+        elementwise_affine: must be True: the layer is about the scale.
+        device, dtype: of the parameters.
+        bias: True adds a shift with a posterior of its own, as KLLayerNorm has.
+        noise, sample_dim, init_std, prior_std, generator, out_dtype: as for `KLLayerNorm`.
+        posterior: "sampled" or "deterministic", as for `KLLayerNorm`. Without a shift the deterministic KL is that of
+            :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
+
+    Shape:
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, channels_last where the input is
+        and else contiguous, in the input's dtype or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns
+        that too: (y, x + r).
+
+    Parameters:
+        weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
+            reading. All of `normalized_shape`; those of the shift None where there is none.
+    Buffers (persistent):
+        weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.RMSNorm checkpoint becomes the prior; its
+            shift is 0. weight_prior is None in the deterministic reading, bias_prior without a shift.
+
+    Raises:
+        TypeError, ValueError: as `klnorm.functional.kl_rms_norm`, and for elementwise_affine=False.
+        `klnorm.restore_rms_norm` refuses a layer with a shift.
+
+    Example:
+        >>> layer = klnorm.KLRMSNorm(8, eps=1e-6)
+        >>> y = layer(torch.randn(4, 5, 8))
+        >>> loss = y.square().mean() + layer.kl_divergence() / 1000
+        >>> layer
+        KLRMSNorm((8,), eps=1e-06, elementwise_affine=True, noise='sample', sample_dim=0, prior_std=0.1)
+    """
+
+    _plain_class = nn.RMSNorm
+    _is_rms = True
+
+    def __init__(
+        self,
+        normalized_shape,
+        eps=None,
+        elementwise_affine=True,
+        device=None,
+        dtype=None,
+        *,
+        bias=False,
+        noise="sample",
+        sample_dim=0,
+        init_std=0.05,
+        prior_std=0.1,
+        generator=None,
+        posterior="sampled",
+        out_dtype=None,
+    ):
+        _check_affine(elementwise_affine, "RMSNorm")
+        checks.check_flag("bias", bias)
+        checks.check_dtype(dtype)
+        eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
+        super().__init__(checks.as_shape(normalized_shape), eps, True, device, dtype)
+        self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
+        self._add_posterior(
+            noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
+            posterior=posterior, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    def _build_posterior(self, **options):
+        if not hasattr(self, "bias"):  # an nn.RMSNorm that is being replaced
+            self.register_parameter("bias", None)
+        super()._build_posterior(**options)
+
+    def _remove_posterior(self):
+        super()._remove_posterior()
+        self._parameters.pop("bias", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight, others = state_dict.get(f"{prefix}weight"), [f"{prefix}{name}" for name in Parameters._fields[1:]]
+        is_plain = isinstance(weight, torch.Tensor) and not any(key in state_dict for key in others)
+        if is_plain and self.bias is not None:
+            state_dict = {**state_dict, f"{prefix}bias": torch.zeros_like(weight)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self):
+        return super().extra_repr() + ("" if self.bias is None else ", bias=True")
+
+
+def _check_affine(elementwise_affine, norm):
+    checks.check_flag("elementwise_affine", elementwise_affine)
+    if not elementwise_affine:
+        raise ValueError(
+            "elementwise_affine is False, expected True: a layer without scale and shift has nothing to learn a "
+            f"distribution of. Remedy: nn.{norm}(..., elementwise_affine=False)."
+        )
+
+
 def _in_format_of(x, y):
     """y, channels_last where x is, as nn.RMSNorm answers; nn.LayerNorm answers contiguously."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
         return y
     return y.contiguous(memory_format=channels_last)
-
-
-def _nothing(module, args):
-    """A forward hook."""
