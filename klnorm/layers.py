@@ -72,7 +72,10 @@ class KLNorm(nn.Module):
         for name in self._means:
             rho = getattr(self, f"{name}_rho")
             if rho is not None:
-                nn.init.constant_(rho, self._initial_rho())
+                self._set_initial(rho)
+
+    def _set_initial(self, rho):
+        nn.init.constant_(rho, self._initial_rho())
 
     def _standard(self, name):
         """The value of a new layer's mean: scale 1, shift 0."""
@@ -96,7 +99,7 @@ class KLNorm(nn.Module):
         """Tensor that the plain norm has not -> function that gives it the values of a new layer."""
         found = {}
         for name in self._means:
-            found[f"{name}_rho"] = lambda rho: nn.init.constant_(rho, self._initial_rho())
+            found[f"{name}_rho"] = self._set_initial
             found[f"{name}_prior"] = functools.partial(self._centre, name)
         return found
 
