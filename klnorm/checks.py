@@ -6,11 +6,12 @@ Here what is no tensor; see `klnorm.inputs` for the tensors of a call.
 import math
 from collections.abc import Iterable, Mapping, Set
 from numbers import Integral, Real
+from typing import Literal, get_args
 
 import torch
 
-NOISES = "batch", "sample", "token"
-POSTERIORS = "sampled", "deterministic"
+Noise = Literal["batch", "sample", "token"]
+Posterior = Literal["sampled", "deterministic"]
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOAT_NAMES = ", ".join(map(str, FLOATS))
 _MAX_INT = (1 << 63) - 1  # of int64
@@ -119,12 +120,12 @@ def check_config(prior_std, eps, noise):
 
 def check_noise(noise):
     """Raise unless `noise` says which rows share a draw."""
-    check_name("noise", noise, NOISES, ": the rows that share a draw")
+    check_name("noise", noise, get_args(Noise), ": the rows that share a draw")
 
 
 def check_posterior(posterior):
     """Raise unless `posterior` names a reading of KL-Norm."""
-    check_name("posterior", posterior, POSTERIORS)
+    check_name("posterior", posterior, get_args(Posterior))
 
 
 def check_dtype(dtype):

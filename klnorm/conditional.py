@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,10 @@ from .reference.kl_norm import accumulation_dtype, residual_sum
 from .spec import Parameters
 
 # U V is 0 at first, and V like the weight of an nn.Linear.
-_LOW_RANK = {"condition_down": functools.partial(nn.init.kaiming_uniform_, a=5**0.5), "condition_up": nn.init.zeros_}
+_LOW_RANK: dict[str, Callable] = {
+    "condition_down": functools.partial(nn.init.kaiming_uniform_, a=5**0.5),
+    "condition_up": nn.init.zeros_,
+}
 
 
 class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
@@ -85,21 +90,21 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape,
-        condition="self",
-        rank=4,
-        eps=1e-5,
-        bias=True,
-        device=None,
-        dtype=None,
+        normalized_shape: int | Sequence[int],
+        condition: Literal["self"] | int = "self",
+        rank: int = 4,
+        eps: float = 1e-5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
-        noise="sample",
-        sample_dim=0,
-        init_std=0.05,
-        prior_std=0.1,
-        generator=None,
-        out_dtype=None,
-    ):
+        noise: checks.Noise = "sample",
+        sample_dim: int = 0,
+        init_std: float = 0.05,
+        prior_std: float = 0.1,
+        generator: torch.Generator | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
         if isinstance(condition, str):
             checks.check_name("condition", condition, ("self",), " or an int, the width of a tensor")
         else:
@@ -115,12 +120,13 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         )  # fmt: skip
         self.condition, self.rank = condition, rank
         self._last_condition = _LastCondition()
-        n, like = self.weight.numel(), {"device": device, "dtype": dtype}
+        n = self.weight.numel()
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.condition_down = nn.Parameter(torch.empty(rank, n if condition == "self" else condition, **like))
         self.condition_up = nn.Parameter(torch.empty(4 if bias else 2, rank, n, **like))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """As of KLLayerNorm; and the low-rank part as in a new layer."""
         super().reset_parameters()
         if "condition_up" in self._parameters:  # nn.LayerNorm's own constructor calls this before they exist
@@ -133,7 +139,13 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
     def _guard_shortcut(self):
         compat.guard_shortcut(self, True)  # in evaluation, too, this layer is more than its weight and bias
 
-    def forward(self, x, condition=None, mask=None, residual=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        condition: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """y, like `x`: sampled in training mode, with the means of every sample in evaluation mode.
 
         With a residual (y, x + residual), as from KLLayerNorm; the conditions are those of the sum.
@@ -210,7 +222,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         )
         return y, kl
 
-    def posterior_parameters(self):
+    def posterior_parameters(self) -> list[torch.Tensor]:
         """The parameters of the posteriors: as of KLLayerNorm, then V and U."""
         return [*super().posterior_parameters(), self.condition_down, self.condition_up]
 
@@ -244,7 +256,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
             }
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         parameters = sum(p.numel() for p in self.parameters())
         static = parameters - self.condition_down.numel() - self.condition_up.numel()
         more = [

@@ -68,7 +68,7 @@ class _Copy:
         return self._host.numpy().tolist()
 
 
-_sent = weakref.WeakKeyDictionary()  # model -> _Copy
+_sent: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _Copy
 
 
 def _explain(layers, found=""):

@@ -194,7 +194,7 @@ def _check_and_normalize(x, residual, normalized_shape, parameters, priors, opti
     return (y, kl) if residual is None else (y, sum_, kl)
 
 
-_known = {}  # calls that have been checked -> their Spec
+_known: dict = {}  # calls that have been checked -> their Spec
 _KNOWN_CALLS = 4096
 
 

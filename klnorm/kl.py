@@ -4,6 +4,7 @@ import functools
 import weakref
 
 import torch
+from torch import nn
 
 from . import checks, compat, finite
 from .compat import is_sharded, whole
@@ -62,7 +63,7 @@ def _states(tensors):
     return [(t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
 
 
-def kl_divergence(model, *, check_finite=None):
+def kl_divergence(model: nn.Module, *, check_finite: bool | None = None) -> torch.Tensor:
     """KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
     Taken from each layer's last forward in training mode where that is still at hand, at the cost of two small kernels
@@ -163,7 +164,7 @@ class _Total(torch.autograd.Function):
         return (dtotal,) * ctx.count
 
 
-def kl_layers(model):
+def kl_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The KL layers of `model` that take part in its forward, by qualified name.
 
     A layer that is used or registered more than once is there once, under its first name. Where PEFT keeps a copy of a

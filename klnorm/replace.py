@@ -1,12 +1,18 @@
 """Turn the norms of a model into KL layers, and back."""
 
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
 from . import checks
 from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_uncovered, plain_type, refuse
-from .choice import choose, warn_of_others
+from .choice import Filter, choose, warn_of_others
 from .compat import is_sharded
 from .conversion import make_twins, swap
 from .layers import KLRMSNorm
 
+Model = TypeVar("Model", bound=nn.Module)
 _PRIORS = "current", "standard"
 _WITHOUT_SHIFT = (
     "layer.bias = layer.bias_rho = layer.bias_prior = None to do without it, or model.eval(), in which the layer "
@@ -18,18 +24,18 @@ _WRAPPERS = "DistributedDataParallel", *_FSDP
 
 
 def replace_layer_norm(
-    model,
+    model: Model,
     *,
-    filter_fn=None,
-    prior="current",
-    noise="sample",
-    sample_dim=0,
-    init_std=0.05,
-    prior_std=0.1,
-    generator=None,
-    posterior="sampled",
-    out_dtype=None,
-):
+    filter_fn: Filter | None = None,
+    prior: Literal["current", "standard"] = "current",
+    noise: checks.Noise = "sample",
+    sample_dim: int = 0,
+    init_std: float = 0.05,
+    prior_std: float = 0.1,
+    generator: torch.Generator | None = None,
+    posterior: checks.Posterior = "sampled",
+    out_dtype: torch.dtype | None = None,
+) -> Model:
     """Turn the LayerNorms in `model` into KL layers, in place, whatever library they come from.
 
     An nn.LayerNorm becomes a `KLLayerNorm`. A class of another library, such as DebertaLayerNorm or CohereLayerNorm in
@@ -88,18 +94,18 @@ def replace_layer_norm(
 
 
 def replace_rms_norm(
-    model,
+    model: Model,
     *,
-    filter_fn=None,
-    prior="current",
-    noise="sample",
-    sample_dim=0,
-    init_std=0.05,
-    prior_std=0.1,
-    generator=None,
-    posterior="sampled",
-    out_dtype=None,
-):
+    filter_fn: Filter | None = None,
+    prior: Literal["current", "standard"] = "current",
+    noise: checks.Noise = "sample",
+    sample_dim: int = 0,
+    init_std: float = 0.05,
+    prior_std: float = 0.1,
+    generator: torch.Generator | None = None,
+    posterior: checks.Posterior = "sampled",
+    out_dtype: torch.dtype | None = None,
+) -> Model:
     """Turn the RMSNorms in `model` into KL layers, in place, whatever library they come from.
 
     `replace_layer_norm` for RMSNorm without a shift: what is said there holds here too. An nn.RMSNorm becomes a
@@ -159,7 +165,7 @@ def _replace(model, norms, filter_fn, options):
     return model
 
 
-def restore_layer_norm(model):
+def restore_layer_norm(model: Model) -> Model:
     """Turn every KL layer that stands for a LayerNorm back into the class that it had, with the posterior means, in
     place. A `KLLayerNorm` becomes an nn.LayerNorm.
 
@@ -185,7 +191,7 @@ def restore_layer_norm(model):
     return _restore(model, LAYER_NORMS)
 
 
-def restore_rms_norm(model):
+def restore_rms_norm(model: Model) -> Model:
     """Turn every KL layer that stands for an RMSNorm back into the class that it had, in place; see
     `restore_layer_norm`.
 
