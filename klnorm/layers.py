@@ -21,8 +21,9 @@ SETTINGS = (
 class KLNorm(nn.Module):
     """Base of the KL layers, put before the class of the norm itself: `class KLLayerNorm(KLNorm, nn.LayerNorm)`.
 
-    The means of the posterior are the norm's own parameters. Its deviations, `<mean>_rho`, are parameters and the prior
-    means, `<mean>_prior`, buffers; those that a reading of KL-Norm has not are None.
+    The norm's own parameters are the means of the posterior. The layer adds its deviations, `<mean>_rho`, as parameters
+    and the means of the prior, `<mean>_prior`, as buffers. A layer without shift, or with posterior="deterministic",
+    has None for those that it does not need.
     """
 
     _means = "weight", "bias"
@@ -96,7 +97,7 @@ class KLNorm(nn.Module):
             self._reset_rho()
 
     def _initializers(self):
-        """Tensor that the plain norm has not -> function that gives it the values of a new layer."""
+        """Name of a tensor that the plain norm lacks -> function that fills it with the values of a new layer."""
         found = {}
         for name in self._means:
             found[f"{name}_rho"] = self._set_initial
@@ -169,8 +170,8 @@ class KLNorm(nn.Module):
                 inputs.check_input(x, self.normalized_shape)
             inputs.check_device("weight", weight, x)
             return super().forward(x)
-        # With a residual, in one pass, of mixed dtypes, which torch refuses or answers in fp32, or with a shift that
-        # nn.RMSNorm has not: the norm of the means is the deterministic reading.
+        # Torch's norm has no residual, no mixed dtypes (it refuses them or answers in fp32) and, as RMSNorm, no shift.
+        # The deterministic reading is the norm of the means, so its kernel computes that.
         shape, eps = self._shape_and_eps()
         means = Parameters(weight, self.bias, None, None, None, None)
         kind = "rms" if self._is_rms else "layer"
@@ -335,7 +336,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
 
     `KLLayerNorm` without mean and, unless asked for, shift: see there, and `klnorm.functional.kl_rms_norm` for the
     formulas. In evaluation mode the layer is `nn.RMSNorm` with the posterior means, bit for bit where `x` and the
-    weight have one dtype; with a shift, which nn.RMSNorm has not, :math:`\mathrm{weight}\,\hat x + \mathrm{bias}`,
+    weight have one dtype; with a shift, which nn.RMSNorm lacks, :math:`\mathrm{weight}\,\hat x + \mathrm{bias}`,
     rounded once.
 
     Args:

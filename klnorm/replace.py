@@ -38,11 +38,11 @@ def replace_layer_norm(
 ) -> Model:
     """Turn the LayerNorms in `model` into KL layers, in place, whatever library they come from.
 
-    An nn.LayerNorm becomes a `KLLayerNorm`. A class of another library, such as DebertaLayerNorm or CohereLayerNorm in
-    transformers, timm's LayerNorm or apex's FusedLayerNorm, is told by its build (a subclass of nn.LayerNorm; or
-    a parameter `weight`, perhaps a `bias`, and an eps; its forward takes x alone) and by what it computes on a small
-    fp32 input in both modes: LayerNorm of the last dimensions, scaled with weight or 1 + weight. Its layers get a class
-    of their own, a subclass of the one that they had: evaluation mode is the forward of that class, bit for bit.
+    An nn.LayerNorm becomes a `KLLayerNorm`. So does a class of another library, such as DebertaLayerNorm or
+    CohereLayerNorm in transformers, timm's LayerNorm or apex's FusedLayerNorm, if it is a subclass of nn.LayerNorm, or
+    has a parameter `weight`, perhaps a `bias`, and an eps; if its forward takes x alone; and if in both modes it
+    computes, on a small fp32 input, LayerNorm of the last dimensions, scaled with weight or 1 + weight. Its layers get
+    a new class, a subclass of the one that they had: evaluation mode is the forward of that class, bit for bit.
     `weight`, `weight_rho` and `weight_prior` stay in the units of its weight, so that checkpoints fit; in training mode
     the output has the dtype in which that class would answer.
 
