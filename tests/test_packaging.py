@@ -16,7 +16,7 @@ import pytest
 from klnorm.versions import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ["kernels", "launch", "ops", "functional", "modules"]
+LAYERS = ["kernels", "launch", "ops", "functional", "layers"]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 SOURCES = KERNELS + sorted(path for path in (ROOT / "klnorm").rglob("*.py") if "kernels" not in path.parts)
 
