@@ -6,12 +6,12 @@ Here what is no tensor; see `klnorm.inputs` for the tensors of a call.
 import math
 from collections.abc import Iterable, Mapping, Set
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-Noise = Literal["batch", "sample", "token"]
-Posterior = Literal["sampled", "deterministic"]
+from .reference.kl_norm import Noise, Posterior
+
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOAT_NAMES = ", ".join(map(str, FLOATS))
 _MAX_INT = (1 << 63) - 1  # of int64

@@ -1,6 +1,7 @@
 """The functional forms: checks its arguments, lays out the draws, draws the seed."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,28 +31,28 @@ class Settings(NamedTuple):
 
 
 def kl_layer_norm(
-    x,
-    normalized_shape,
-    weight,
-    bias,
-    weight_rho,
-    bias_rho,
+    x: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_rho: torch.Tensor | None,
+    bias_rho: torch.Tensor | None,
     *,
-    weight_prior=1.0,
-    bias_prior=0.0,
-    prior_std=0.1,
-    eps=1e-5,
-    noise="sample",
-    sample_dim=0,
-    sample=True,
-    seed=None,
-    generator=None,
-    posterior="sampled",
-    residual=None,
-    out_dtype=None,
-    weight_offset=0.0,
-    per_head=False,
-):
+    weight_prior: float | torch.Tensor = 1.0,
+    bias_prior: float | torch.Tensor = 0.0,
+    prior_std: float = 0.1,
+    eps: float = 1e-5,
+    noise: checks.Noise = "sample",
+    sample_dim: int = 0,
+    sample: bool = True,
+    seed: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    posterior: checks.Posterior = "sampled",
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    weight_offset: float = 0.0,
+    per_head: bool = False,
+) -> tuple[torch.Tensor, ...]:
     r"""Layer normalization whose scale and shift are Gaussian, and their KL divergence from the prior.
 
     .. math::
@@ -134,28 +135,28 @@ def kl_layer_norm(
 
 
 def kl_rms_norm(
-    x,
-    normalized_shape,
-    weight,
-    weight_rho,
+    x: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor,
+    weight_rho: torch.Tensor | None,
     *,
-    bias=None,
-    bias_rho=None,
-    weight_prior=1.0,
-    bias_prior=0.0,
-    prior_std=0.1,
-    eps=None,
-    noise="sample",
-    sample_dim=0,
-    sample=True,
-    seed=None,
-    generator=None,
-    posterior="sampled",
-    residual=None,
-    out_dtype=None,
-    weight_offset=0.0,
-    per_head=False,
-):
+    bias: torch.Tensor | None = None,
+    bias_rho: torch.Tensor | None = None,
+    weight_prior: float | torch.Tensor = 1.0,
+    bias_prior: float | torch.Tensor = 0.0,
+    prior_std: float = 0.1,
+    eps: float | None = None,
+    noise: checks.Noise = "sample",
+    sample_dim: int = 0,
+    sample: bool = True,
+    seed: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    posterior: checks.Posterior = "sampled",
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    weight_offset: float = 0.0,
+    per_head: bool = False,
+) -> tuple[torch.Tensor, ...]:
     r"""RMS normalization whose scale and, if given, shift are Gaussian, and their KL divergence from the prior.
 
     :math:`y = \gamma \hat x` with :math:`\hat x = x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}}` (Zhang and Sennrich

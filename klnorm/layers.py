@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,7 +27,15 @@ class KLNorm(nn.Module):
     has None for those that it does not need.
     """
 
-    _means = "weight", "bias"
+    noise: checks.Noise
+    sample_dim: int
+    init_std: float
+    prior_std: float
+    generator: torch.Generator | None
+    posterior: checks.Posterior
+    out_dtype: torch.dtype | None
+
+    _means: tuple[str, ...] = ("weight", "bias")
     _is_rms = False
     _weight_offset = 0.0  # added to the weight, it gives the scale
 
@@ -87,7 +96,7 @@ class KLNorm(nn.Module):
         mean = mean.detach()
         return mean.clone() if self.prior == "current" else torch.full_like(mean, self._standard(name))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Scale and prior of the scale 1, shift and prior of the shift 0, deviations `init_std`."""
         for name in self._means:
             for tensor in getattr(self, name, None), getattr(self, f"{name}_prior", None):
@@ -132,7 +141,9 @@ class KLNorm(nn.Module):
     def _guard_shortcut(self):
         compat.guard_shortcut(self, self.training or bool(self._sampling))
 
-    def forward(self, x, residual=None):
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode.
 
         Args:
@@ -184,22 +195,21 @@ class KLNorm(nn.Module):
         """The dtype of y where the layer samples, None for that of x; `z`: what is normalized."""
         return self.out_dtype
 
-    def posterior_and_prior(self):
+    def posterior_and_prior(self) -> Parameters:
         """The `Parameters`; those of the scale less `_weight_offset`."""
         parameters, buffers = self._parameters, self._buffers  # looked at first, as nn.Module takes thrice as long
-        return Parameters(
-            *[
-                parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
-                for name in Parameters._fields
-            ]
-        )
+        held: list = [
+            parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
+            for name in Parameters._fields
+        ]
+        return Parameters(*held)
 
-    def posterior_parameters(self):
+    def posterior_parameters(self) -> list[torch.Tensor]:
         """The parameters of the posterior that there are: weight, weight_rho and, with a shift, bias, bias_rho."""
         held = self.posterior_and_prior()
         return [p for p in (held.weight, held.weight_rho, held.bias, held.bias_rho) if p is not None]
 
-    def count_posteriors(self):
+    def count_posteriors(self) -> int:
         """How many Gaussians the KL is a sum over: every scale and shift or, read deterministically, every feature."""
         means = self._means if self.posterior == "sampled" else ("weight",)
         return sum(getattr(self, name).numel() for name in means if getattr(self, name) is not None)
@@ -208,7 +218,7 @@ class KLNorm(nn.Module):
         """The tensors held that the KL is a function of, None for what there is not."""
         return self.posterior_and_prior()
 
-    def kl_divergence(self, *, check_finite=None):
+    def kl_divergence(self, *, check_finite: bool | None = None) -> torch.Tensor:
         """`klnorm.kl_divergence` of this layer: a scalar in nats; raises as that does where it is not finite."""
         return kl_divergence(self, check_finite=check_finite)
 
@@ -238,7 +248,7 @@ class KLNorm(nn.Module):
         state_dict = compat.with_posterior(self, state_dict, prefix, assigned)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         if self.posterior == "deterministic":
             ours = f"posterior='deterministic', prior_std={self.prior_std}"
         else:
@@ -247,7 +257,7 @@ class KLNorm(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), ours, dtype) if part)
 
 
-class KLLayerNorm(KLNorm, nn.LayerNorm):
+class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward also takes a residual
     r"""LayerNorm whose scale and shift are Gaussian posteriors, sampled in training and held to a prior by a KL term.
 
     In training mode every draw of scale and shift is
@@ -305,21 +315,21 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape,
-        eps=1e-5,
-        elementwise_affine=True,
-        bias=True,
-        device=None,
-        dtype=None,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
-        noise="sample",
-        sample_dim=0,
-        init_std=0.05,
-        prior_std=0.1,
-        generator=None,
-        posterior="sampled",
-        out_dtype=None,
-    ):
+        noise: checks.Noise = "sample",
+        sample_dim: int = 0,
+        init_std: float = 0.05,
+        prior_std: float = 0.1,
+        generator: torch.Generator | None = None,
+        posterior: checks.Posterior = "sampled",
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
         _check_affine(elementwise_affine, "LayerNorm")
         checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
@@ -331,7 +341,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
         )  # fmt: skip
 
 
-class KLRMSNorm(KLNorm, nn.RMSNorm):
+class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
     r"""RMSNorm whose scale is a Gaussian posterior, sampled in training and held to a prior by a KL term.
 
     `KLLayerNorm` without mean and, unless asked for, shift: see there, and `klnorm.functional.kl_rms_norm` for the
@@ -378,21 +388,21 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
 
     def __init__(
         self,
-        normalized_shape,
-        eps=None,
-        elementwise_affine=True,
-        device=None,
-        dtype=None,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
-        bias=False,
-        noise="sample",
-        sample_dim=0,
-        init_std=0.05,
-        prior_std=0.1,
-        generator=None,
-        posterior="sampled",
-        out_dtype=None,
-    ):
+        bias: bool = False,
+        noise: checks.Noise = "sample",
+        sample_dim: int = 0,
+        init_std: float = 0.05,
+        prior_std: float = 0.1,
+        generator: torch.Generator | None = None,
+        posterior: checks.Posterior = "sampled",
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
         _check_affine(elementwise_affine, "RMSNorm")
         checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
@@ -420,7 +430,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
             state_dict = {**state_dict, f"{prefix}bias": torch.zeros_like(weight)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.bias is None else ", bias=True")
 
 

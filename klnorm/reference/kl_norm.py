@@ -7,12 +7,16 @@ Deterministic reading, without rho: y_j itself is taken for N(bias_j, weight_j^2
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, normals
+
+Noise = Literal["batch", "sample", "token"]  # which rows share a draw
+Posterior = Literal["sampled", "deterministic"]  # how to read KL-Norm
 
 TINY_RHO = -40.0  # below it softplus(rho) = exp(rho) to the last bit of fp64
 # Deterministic reading: |weight| is taken for sqrt(weight^2 + (FLOOR p)^2) inside the logarithm. At weight = 0 the KL
@@ -50,7 +54,9 @@ def log_softplus(rho):
     return torch.where(rho < TINY_RHO, rho, softplus(rho.clamp(min=TINY_RHO)).log())
 
 
-def kl_normal(mean, rho, prior_mean, prior_std):
+def kl_normal(
+    mean: torch.Tensor, rho: torch.Tensor, prior_mean: float | torch.Tensor, prior_std: float
+) -> torch.Tensor:
     """KL(N(mean, softplus(rho)^2) || N(prior_mean, prior_std^2)), element by element, in nats."""
     s, p = softplus(rho), prior_std
     return math.log(p) - log_softplus(rho) + (s**2 + (mean - prior_mean) ** 2) / (2 * p**2) - 0.5
@@ -87,28 +93,28 @@ def reciprocal_root(variance):
 
 
 def kl_layer_norm(
-    x,
-    normalized_shape,
-    weight,
-    bias,
-    weight_rho,
-    bias_rho,
+    x: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_rho: torch.Tensor | None,
+    bias_rho: torch.Tensor | None,
     *,
-    weight_prior=1.0,
-    bias_prior=0.0,
-    prior_std=0.1,
-    eps=1e-5,
-    noise="sample",
-    sample_dim=0,
-    sample=True,
-    seed=None,
-    generator=None,
-    posterior="sampled",
-    residual=None,
-    out_dtype=None,
-    weight_offset=0.0,
-    per_head=False,
-):
+    weight_prior: float | torch.Tensor = 1.0,
+    bias_prior: float | torch.Tensor = 0.0,
+    prior_std: float = 0.1,
+    eps: float = 1e-5,
+    noise: Noise = "sample",
+    sample_dim: int = 0,
+    sample: bool = True,
+    seed: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    posterior: Posterior = "sampled",
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    weight_offset: float = 0.0,
+    per_head: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same results, nothing checked.
 
     A seed of None is drawn from torch's generator or `generator`, on the CPU the one that is drawn there.
@@ -119,28 +125,28 @@ def kl_layer_norm(
 
 
 def kl_rms_norm(
-    x,
-    normalized_shape,
-    weight,
-    weight_rho,
+    x: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor,
+    weight_rho: torch.Tensor | None,
     *,
-    bias=None,
-    bias_rho=None,
-    weight_prior=1.0,
-    bias_prior=0.0,
-    prior_std=0.1,
-    eps=None,
-    noise="sample",
-    sample_dim=0,
-    sample=True,
-    seed=None,
-    generator=None,
-    posterior="sampled",
-    residual=None,
-    out_dtype=None,
-    weight_offset=0.0,
-    per_head=False,
-):
+    bias: torch.Tensor | None = None,
+    bias_rho: torch.Tensor | None = None,
+    weight_prior: float | torch.Tensor = 1.0,
+    bias_prior: float | torch.Tensor = 0.0,
+    prior_std: float = 0.1,
+    eps: float | None = None,
+    noise: Noise = "sample",
+    sample_dim: int = 0,
+    sample: bool = True,
+    seed: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    posterior: Posterior = "sampled",
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    weight_offset: float = 0.0,
+    per_head: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """The specification of `klnorm.functional.kl_rms_norm`, likewise."""
     parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
     draw = noise, sample_dim, sample and posterior == "sampled", seed, generator, per_head

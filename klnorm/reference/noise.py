@@ -4,6 +4,7 @@ Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -16,7 +17,7 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 
-def philox4x32(counter, key, rounds=ROUNDS):
+def philox4x32(counter: Sequence, key: Sequence, rounds: int = ROUNDS) -> tuple:
     """Philox4x32: four 32-bit words for a counter of four and a key of two 32-bit words.
 
     All words are int64 tensors (or integers) holding values in [0, 2^32), of shapes that broadcast.
@@ -40,7 +41,9 @@ def normal_pair(word):
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def normals(seed, draw, feature, stream):
+def normals(
+    seed: torch.Tensor, draw: torch.Tensor, feature: int | torch.Tensor, stream: int | torch.Tensor
+) -> torch.Tensor:
     """Normals of the draws and features asked for.
 
     Args:
