@@ -6,7 +6,7 @@ import triton.language as tl
 from .gradients import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .noise import load_key
 from .posterior import load_affine
-from .rows import BATCH_SIZES, group_start, rows_of, tiles_of
+from .rows import BATCH_SIZES, among_all, group_start, rows_of, tiles_of
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _rows_of_draw(
         scale, _ = load_affine(prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, 0, MODE, TILE, ACC)
     for tile in tl.range(first_tile, tiles_of(rows_per_draw, TILE.BLOCK_M), step, num_stages=TILE.STAGES):
         row, row_mask = rows_of(tile, draw, n_draws, inner, rows_per_draw, MODE, TILE.BLOCK_M)
-        row += first_row
+        row = among_all(first_row, row, MODE)
         xhat, dxhat, rstd, along_one, along_xhat, sums = _piece(
             x_ptr, dy_ptr, statistics_ptr, prepared_ptr, parameters, k0, k1, x_stride, dy_stride, row, row_mask, scale,
             draw, first_draw, n_draws, 0, sums, MODE, TILE,

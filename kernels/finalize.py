@@ -6,7 +6,7 @@ import triton.language as tl
 from .gradients import BIAS_SUM, SCALE_SUM, SHIFT_SUM, WEIGHT_SUM
 from .noise import SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import FLOOR, kl_rho_gradient, load_prior, sigmoid, softplus
-from .rows import BATCH_SIZES, group_start, in_group, load_parameter
+from .rows import BATCH_SIZES, among_all, group_start, in_group, load_parameter
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _reduce_partials(
         if SLOTS == 4:
             std_sum += tl.load(own_ptr + STD_SUM * N, mask, other=0.0)
         elif MODE.NOISE == "shared":
-            draw = (first_draw + program // (n_programs // n_draws)).to(tl.uint32)
+            draw = among_all(first_draw, program // (n_programs // n_draws), MODE).to(tl.uint32)
             std_sum += mean_part * normals(k0, k1, draw, first_col, STREAM, TILE.BLOCK_N, MODE.FAST).to(ACC)
     return tl.sum(mean_sum, axis=0, keep_dims=True), tl.sum(std_sum, axis=0, keep_dims=True)
 
@@ -51,7 +51,7 @@ def _store_gradients(
     mean, rho = load_parameter(mean_ptr, own, mask, ACC), load_parameter(rho_ptr, own, mask, ACC)
     if MODE.NOISE == "merged":
         std_sum *= softplus(rho)
-    dmean = mean_sum + dkl * (mean - load_prior(prior_ptr, cols, mask, number, ACC)) / (prior_std * prior_std)
+    dmean = mean_sum + dkl * (mean - load_prior(prior_ptr, cols, mask, number, MODE, N, ACC)) / (prior_std * prior_std)
     drho = std_sum * sigmoid(rho) + dkl * kl_rho_gradient(rho, prior_std)
     tl.store(dmean_ptr + own, dmean.to(dmean_ptr.dtype.element_ty), mask)
     tl.store(drho_ptr + own, drho.to(drho_ptr.dtype.element_ty), mask)
@@ -70,7 +70,7 @@ def _store_deterministic_gradients(
     dweight = weight_sum + dkl * (ratio - ratio / (ratio * ratio + FLOOR * FLOOR)) / prior_std
     tl.store(dweight_ptr + own, dweight.to(dweight_ptr.dtype.element_ty), mask)
     if parameters.bias is not None:
-        prior = load_prior(parameters.bias_prior, cols, mask, bias_prior, ACC)
+        prior = load_prior(parameters.bias_prior, cols, mask, bias_prior, MODE, N, ACC)
         offset = load_parameter(parameters.bias, own, mask, ACC) - prior
         dbias = bias_sum + dkl * offset / (prior_std * prior_std)
         tl.store(dbias_ptr + own, dbias.to(dbias_ptr.dtype.element_ty), mask)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, load_key, normals
 from .posterior import load_affine, load_variances, store_kl
-from .rows import BATCH_SIZES, group_start, load_tile, rows_of, store_statistics, store_tile, tiles_of
+from .rows import BATCH_SIZES, among_all, group_start, load_tile, rows_of, store_statistics, store_tile, tiles_of
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def rows_at(index, n_draws, inner, rows_per_draw, all_draws, all_inner, MODE: tl
     tiles = tiles_of(rows_per_draw, TILE.BLOCK_M).to(tl.uint32)
     draw = (index.to(tl.uint32) // tiles).to(tl.int32)
     row, row_mask = rows_of(index.to(tl.uint32) % tiles, draw, n_draws, inner, rows_per_draw, MODE, TILE.BLOCK_M)
-    return first_row + row, row_mask, draw, first_draw
+    return among_all(first_row, row, MODE), row_mask, draw, first_draw
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

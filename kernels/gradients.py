@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
 from .posterior import LEAST_VARIANCE, load_variances
-from .rows import as_int64, load_statistics, load_tile, store_tile
+from .rows import among_all, as_int64, load_statistics, load_tile, store_tile
 
 # Slots of the partial sums [program, slot, feature].
 WEIGHT_SUM = tl.constexpr(0)  # of dy * xhat
@@ -100,7 +100,7 @@ def store_sums(
         _store_sum(own_ptr + BIAS_SUM * N, cols, sum_b, draw, MANY_DRAWS, N)
     if MANY_DRAWS:
         k0, k1 = load_key(seed)  # again: what of the noise of the rows could be kept would take registers from them
-        draw_of_noise = as_int64(first_draw + draw).to(tl.uint32)[None, None]
+        draw_of_noise = as_int64(among_all(first_draw, draw, MODE)).to(tl.uint32)[None, None]
         z = normals(k0, k1, draw_of_noise, first_col, SCALE_STREAM, TILE.BLOCK_N, MODE.FAST)
         sum_s = sum_w * z.to(sum_w.dtype)
     if SLOTS == 4:

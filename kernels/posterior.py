@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .noise import SCALE_STREAM, SHIFT_STREAM, normals
-from .rows import as_int64, in_group, load_parameter
+from .rows import among_all, as_int64, in_group, load_parameter
 
 FLOOR = tl.constexpr(1e-3)  # of the deterministic reading, see klnorm/reference/kl_norm.py
 # The least variance of a shift in backward: keeps the derivative of sqrt(scale_var * xhat^2 + shift_var) finite without
@@ -69,10 +69,12 @@ def kl_rho_gradient(rho, prior_std):
 
 
 @triton.jit
-def load_prior(ptr, cols, mask, number, ACC: tl.constexpr):
-    """A prior's means [1, BLOCK_N], which all groups share; `number` everywhere where ptr is None."""
+def load_prior(ptr, cols, mask, number, MODE: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr):
+    """A prior's means [1, BLOCK_N], of every head or for all groups; `number` everywhere where ptr is None."""
     if ptr is None:
         return tl.full(cols.shape, number, ACC)
+    elif MODE.GROUPED == "heads":
+        return tl.load(ptr + in_group(cols, MODE, N), mask, other=0.0).to(ACC)
     else:
         return tl.load(ptr + cols, mask, other=0.0).to(ACC)
 
@@ -91,14 +93,14 @@ def store_kl(kl_ptr, parameters, weight_prior, bias_prior, prior_std, MODE: tl.c
         mask, own = cols < TILE.N, in_group(cols, MODE, TILE.N)
         weight = load_parameter(parameters.weight, own, mask, ACC)
         bias = load_parameter(parameters.bias, own, mask, ACC)
-        prior = load_prior(parameters.bias_prior, cols, mask, bias_prior, ACC)
+        prior = load_prior(parameters.bias_prior, cols, mask, bias_prior, MODE, TILE.N, ACC)
         if parameters.weight_rho is None:
             terms = kl_terms_deterministic(weight + MODE.OFFSET, bias, prior, std)
         else:
             terms = tl.full((1, BLOCK), 0.0, ACC)
             if parameters.bias is not None:
                 terms += kl_terms(bias, load_parameter(parameters.bias_rho, own, mask, ACC), prior, std)
-            prior = load_prior(parameters.weight_prior, cols, mask, weight_prior, ACC)
+            prior = load_prior(parameters.weight_prior, cols, mask, weight_prior, MODE, TILE.N, ACC)
             terms += kl_terms(weight, load_parameter(parameters.weight_rho, own, mask, ACC), prior, std)
         total += tl.where(mask, terms, 0.0)
     tl.store(kl_ptr + tl.program_id(1), tl.sum(total))
@@ -145,15 +147,15 @@ def load_affine(
         if parameters.bias is not None:
             shift = load_parameter(prepared_ptr + start + TILE.N, cols, mask, ACC)
     else:
-        own = in_group(cols, MODE, TILE.N)
+        own, number = in_group(cols, MODE, TILE.N), among_all(first_draw, draw, MODE)
         scale = _sample(
-            parameters.weight, parameters.weight_rho, k0, k1, first_draw + draw, first_col, own, mask,
+            parameters.weight, parameters.weight_rho, k0, k1, number, first_col, own, mask,
             SCALE_STREAM, MODE, TILE, ACC,
         )  # fmt: skip
         if MODE.OFFSET != 0:
             scale += MODE.OFFSET
         shift = _sample(
-            parameters.bias, parameters.bias_rho, k0, k1, first_draw + draw, first_col, own, mask,
+            parameters.bias, parameters.bias_rho, k0, k1, number, first_col, own, mask,
             SHIFT_STREAM, MODE, TILE, ACC,
         )  # fmt: skip
     return scale, shift

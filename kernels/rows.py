@@ -16,15 +16,15 @@ class Mode(NamedTuple):
     """What a kernel computes, known at compile time.
 
     NOISE: "none" evaluation, "shared" draws that several rows share, "merged" one draw a row. ORDER of a draw's rows:
-    "rows" neighbours, "strided" every n_draws-th, "blocked" blocks of `inner` neighbours. GROUPED: groups of rows have
-    parameters of their own. OFFSET: added to the weight, it gives the scale. FAST: the noise by NVIDIA's own
-    instructions.
+    "rows" neighbours, "strided" every n_draws-th, "blocked" blocks of `inner` neighbours. GROUPED: how rows lie in
+    groups with parameters of their own: "no", "blocks" of neighbours, "heads" every so many-th. OFFSET: added to the
+    weight, it gives the scale. FAST: the noise by NVIDIA's own instructions.
     """
 
     IS_RMS: bool
     NOISE: str
     ORDER: str
-    GROUPED: bool
+    GROUPED: str
     OFFSET: float
     FAST: bool
 
@@ -43,19 +43,31 @@ class Tile(NamedTuple):
 def group_start(n_draws, rows_per_draw, all_draws, all_inner, MODE: tl.constexpr):
     """(first row, first draw) of the group of rows, with parameters of its own, that this program works for.
 
-    Without groups, both are 0. Everything else about rows and draws is counted inside the group.
+    Without groups, both are 0. Everything else about rows and draws is counted inside the group, see `among_all`.
     """
-    if MODE.GROUPED:
+    if MODE.GROUPED == "blocks":
         first_row = tl.program_id(1).to(tl.int64) * n_draws * rows_per_draw
         return first_row, (first_row // all_inner) % all_draws
+    elif MODE.GROUPED == "heads":
+        head = tl.program_id(1).to(tl.int64)
+        return head, head
     else:
         return 0, 0
 
 
 @triton.jit
+def among_all(first, number, MODE: tl.constexpr):
+    """Which of all rows, or draws, those are that have a `number` in this program's group, which starts at `first`."""
+    if MODE.GROUPED == "heads":
+        return first + as_int64(number) * tl.num_programs(1)
+    else:
+        return first + number
+
+
+@triton.jit
 def in_group(cols, MODE: tl.constexpr, N: tl.constexpr):
     """Where features [1, BLOCK_N] lie in a parameter (groups, N)."""
-    if MODE.GROUPED:
+    if MODE.GROUPED != "no":
         return tl.program_id(1).to(tl.int64) * N + cols
     else:
         return cols

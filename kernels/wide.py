@@ -10,7 +10,17 @@ from .forward import affine, load_first, load_sum, reciprocal_root, rows_at
 from .gradients import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .noise import load_key
 from .posterior import load_affine, store_kl
-from .rows import BATCH_SIZES, as_int64, group_start, load_tile, rows_of, store_statistics, store_tile, tiles_of
+from .rows import (
+    BATCH_SIZES,
+    among_all,
+    as_int64,
+    group_start,
+    load_tile,
+    rows_of,
+    store_statistics,
+    store_tile,
+    tiles_of,
+)
 
 
 @triton.jit
@@ -152,7 +162,7 @@ def sums_wide_kernel(
         sums = zeros, zeros, zeros, zeros
         for tile in tl.range(first_tile, tiles_of(rows_per_draw, TILE.BLOCK_M), step, num_stages=TILE.STAGES):
             row, row_mask = rows_of(tile, draw, n_draws, inner, rows_per_draw, MODE, TILE.BLOCK_M)
-            row += first_row
+            row = among_all(first_row, row, MODE)
             xhat, dy, _ = load_normalized(
                 x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, x_stride, dy_stride, MODE, TILE
             )

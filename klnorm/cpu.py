@@ -28,7 +28,7 @@ def forward(x, residual, parameters, seed, spec):
     z = x if residual is None else residual_sum(x, residual).contiguous()
     posteriors = _by_group(acc, parameters, spec)
     kl = [_kl(posterior, spec) for posterior in posteriors]
-    kl = kl[0] if rows.groups == 1 else torch.stack(kl)
+    kl = torch.stack(kl) if rows.kl_shape else kl[0]
 
     centred = z.reshape(-1, spec.n_cols).to(acc).contiguous()
     statistics = []
@@ -38,7 +38,8 @@ def forward(x, residual, parameters, seed, spec):
     statistics.append(reciprocal_root((centred**2).mean(1, keepdim=True) + spec.eps))
     xhat = centred * statistics[-1]
     y = [_affine(xhat[part], posteriors[i], spec, _Noise(seed, rows, i)) for i, part in enumerate(_parts(rows))]
-    y = (y[0] if rows.groups == 1 else torch.cat(y)).reshape(x.shape).to(spec.out_dtype)
+    y = y[0] if rows.groups == 1 else torch.stack(y, dim=1 if rows.per_head else 0)
+    y = y.reshape(x.shape).to(spec.out_dtype)
     # .data is no view, which autograd would not let anyone change in place, as nn.ReLU(inplace=True) does.
     return y.data, None if residual is None else z, kl, torch.cat(statistics, 1)
 
@@ -84,22 +85,24 @@ class _Noise:
     def __init__(self, seed, rows, group):
         self.seed, self.mode = seed, rows.noise
         self.draws, self.inner = rows.in_group
-        self.first_draw, self.first_row = rows.first_draw(group), group * rows.group_rows
+        self.first_draw, self.first_row, self.step = rows.first_draw(group), rows.first_row(group), rows.step
 
 
 def _by_group(acc, parameters, spec):
     """`Parameters` (N,) of every group in the accumulation dtype, the prior's numbers where it has no tensors."""
     groups = spec.rows.groups
     split = [[None] * groups if p is None else p.reshape(groups, -1).to(acc) for p in parameters[:4]]
-    priors = [
-        number if tensor is None else tensor.reshape(-1).to(acc)
+    split += [
+        [number] * groups if tensor is None else tensor.reshape(-1, spec.n_cols).to(acc).expand(groups, -1)
         for tensor, number in zip(parameters[4:], spec.prior, strict=False)
     ]
-    return [Parameters(*each, *priors) for each in zip(*split, strict=True)]
+    return [Parameters(*each) for each in zip(*split, strict=True)]
 
 
 def _parts(rows):
     """The rows of every group."""
+    if rows.per_head:
+        return [slice(i, None, rows.groups) for i in range(rows.groups)]
     return [slice(i * rows.group_rows, (i + 1) * rows.group_rows) for i in range(rows.groups)]
 
 
@@ -165,7 +168,7 @@ def _shared_normals(noise, w, b):
         return None
     streams, draws = 1 if b is None else 2, noise.draws
     stream = torch.arange(streams, device=noise.seed.device).repeat_interleave(draws)[:, None]
-    draw = torch.arange(noise.first_draw, noise.first_draw + draws, device=noise.seed.device).repeat(streams)
+    draw = (noise.first_draw + noise.step * torch.arange(draws, device=noise.seed.device)).repeat(streams)
     return normals(noise.seed, draw, len(w), stream).view(streams, draws, len(w)).to(w.dtype)
 
 
@@ -176,7 +179,7 @@ def _sample(mean, rho, eps, stream):
 
 def _merged_normals(noise, xhat):
     rows = xhat.flatten(0, 2)
-    row = torch.arange(noise.first_row, noise.first_row + len(rows), device=noise.seed.device)
+    row = noise.first_row + noise.step * torch.arange(len(rows), device=noise.seed.device)
     return normals(noise.seed, row, rows.shape[1], MERGED_STREAM).view_as(xhat)
 
 

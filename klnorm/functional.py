@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     eps: float | None
     out_dtype: torch.dtype | None = None
     weight_offset: float = 0.0
+    per_head: bool = False
     weight_prior: float = 0.0
     bias_prior: float = 0.0
 
@@ -49,6 +50,7 @@ def kl_layer_norm(
     residual=None,
     out_dtype=None,
     weight_offset=0.0,
+    per_head=False,
 ):
     r"""Layer normalization whose scale and shift are Gaussian, and their KL divergence from the prior.
 
@@ -95,12 +97,14 @@ def kl_layer_norm(
         out_dtype: floating dtype of y, to which it is rounded once; that of `x` if None.
         weight_offset: the scale is `weight_offset` + weight: 1 where a checkpoint has weights around 0, as Gemma's.
             `weight_prior` is in the units of `weight`, so around 0 as well then.
+        per_head: x is (..., H, \*normalized_shape), and parameters and prior means that are tensors are (H,
+            \*normalized_shape): every head has its own, and noise of its own. For norms of queries and keys.
 
     Returns:
         y, like `x` in shape and, unless `out_dtype` says otherwise, in dtype, contiguous; and kl in nats, fp32 (fp64
-        for fp64 `x`), a scalar, or (G,) where the parameters have groups. With a residual (y, x + residual, kl), the
-        sum in the dtype of `residual`, contiguous. All differentiable once in reverse mode, by torch.func too;
-        torch.vmap runs one call for every index.
+        for fp64 `x`), a scalar, or (G,) where the parameters have groups, (H,) per head. With a residual (y, x +
+        residual, kl), the sum in the dtype of `residual`, contiguous. All differentiable once in reverse mode, by
+        torch.func too; torch.vmap runs one call for every index.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, layout, shape, device or range, whether the mode
@@ -119,9 +123,13 @@ def kl_layer_norm(
         ... )
         >>> torch.allclose(y, F.layer_norm(x, (8,), weight, bias), atol=1e-6), abs(round(kl.item(), 5))
         (True, 0.0)
+        >>> q, weight, rho = torch.randn(2, 5, 4, 8), torch.ones(4, 8), torch.full((4, 8), -3.0)  # time, then heads
+        >>> y, kl = klnorm.functional.kl_layer_norm(q, 8, weight, weight * 0, rho, rho, per_head=True)
+        >>> y.shape, kl.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([4]))
     """
     parameters, priors = (weight, bias, weight_rho, bias_rho), (weight_prior, bias_prior)
-    options = "layer", posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset
+    options = "layer", posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset, per_head
     return _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator)
 
 
@@ -146,6 +154,7 @@ def kl_rms_norm(
     residual=None,
     out_dtype=None,
     weight_offset=0.0,
+    per_head=False,
 ):
     r"""RMS normalization whose scale and, if given, shift are Gaussian, and their KL divergence from the prior.
 
@@ -156,7 +165,7 @@ def kl_rms_norm(
         eps: added to the mean square, >= 0; the machine epsilon of fp32 (fp64 for fp64 `x`) if None, as in nn.RMSNorm.
         bias, bias_rho: as for `kl_layer_norm`; None, together, for no shift. In the deterministic reading `bias` alone.
         x, normalized_shape, weight, weight_rho, weight_prior, bias_prior, prior_std, noise, sample_dim, sample, seed,
-            generator, posterior, residual, out_dtype, weight_offset: as for `kl_layer_norm`.
+            generator, posterior, residual, out_dtype, weight_offset, per_head: as for `kl_layer_norm`.
 
     Returns:
         (y, kl), or (y, x + residual, kl), as `kl_layer_norm`.
@@ -169,9 +178,12 @@ def kl_rms_norm(
         >>> y, total, kl = klnorm.functional.kl_rms_norm(x, 8, weight, rho, residual=torch.ones(4, 5, 8))
         >>> torch.equal(total, x + 1)
         True
+        >>> k, weight, rho = torch.randn(2, 5, 4, 8), torch.ones(4, 8), torch.full((4, 8), -3.0)
+        >>> klnorm.functional.kl_rms_norm(k, 8, weight, rho, per_head=True)[1].shape
+        torch.Size([4])
     """
     parameters, priors = (weight, bias, weight_rho, bias_rho), (weight_prior, bias_prior)
-    options = "rms", posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset
+    options = "rms", posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset, per_head
     return _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator)
 
 
@@ -233,26 +245,32 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
     else:
         seed = _seed_tensor(x, seed, generator)
     y, sum_, kl = ops.compute(x, residual, parameters, seed, spec)
-    return y, sum_, kl if kl.dim() or parameters.weight.dim() == len(shape) else kl.reshape(1)
+    return y, sum_, _kl_by_group(kl, parameters, shape)
 
 
 def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator):
     """The same by the operators, which others have to see."""
     prior, eps, rows = _check_call(x, residual, shape, parameters, settings, sample)
     seed = None if rows.noise == "none" else _seed_tensor(x, seed, generator)
-    layout = rows.draws, rows.inner, rows.groups
+    layout = rows.draws, rows.inner, rows.groups, rows.per_head
     numbers = *prior, eps, settings.weight_offset, *layout, settings.kind == "rms", settings.out_dtype
     y, sum_, kl = ops.compute_watched(x, residual, parameters, seed, numbers)
-    return y, sum_, kl.reshape(1) if rows.groups == 1 and parameters.weight.dim() > len(shape) else kl
+    return y, sum_, _kl_by_group(kl, parameters, shape)
+
+
+def _kl_by_group(kl, parameters, shape):
+    """(1,) of one group of parameters (1, *shape); as it is for several, and for none."""
+    return kl if kl.dim() or parameters.weight.dim() == len(shape) else kl.reshape(1)
 
 
 def _plain(settings, shape, x):
     """`settings`, if valid, as `Settings` with plain numbers, which the arithmetic on `x` can hold."""
-    kind, posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset, *values = settings
+    kind, posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset, per_head, *values = settings
     checks.check_posterior(posterior)
     checks.check_noise(noise)
     checks.check_out_dtype(out_dtype)
-    dtype, or_tensor = accumulation_dtype(x), f" or a tensor of shape {shape}"
+    checks.check_flag("per_head", per_head)
+    dtype, or_tensor = accumulation_dtype(x), f" or a tensor of shape {shape}{' for every head' if per_head else ''}"
     if kind == "layer" or eps is not None:
         eps = checks.as_number("eps", eps, at_least=0, dtype=dtype)
     return Settings(
@@ -264,6 +282,7 @@ def _plain(settings, shape, x):
         eps,
         out_dtype,
         checks.as_number("weight_offset", weight_offset, dtype=dtype),
+        per_head,
         *[
             checks.as_number(name, value, dtype=dtype, instead=or_tensor)
             for name, value in zip(("weight_prior", "bias_prior"), values, strict=True)
@@ -274,21 +293,23 @@ def _plain(settings, shape, x):
 def _check_call(x, residual, shape, parameters, settings, sample):
     """Raise unless the arguments of a call fit each other; return (`Prior`, eps, `Rows`)."""
     inputs.check_input(x, shape)
-    kind, posterior, noise, sample_dim, prior_std, eps, _, _, *values = _plain(settings, shape, x)
-    weight, bias, weight_rho, bias_rho, *priors = parameters
+    kind, posterior, noise, sample_dim, prior_std, eps, _, _, per_head, *values = _plain(settings, shape, x)
+    *posteriors, weight_prior, bias_prior = parameters
     inputs.check_residual(residual, x)
     if kind == "rms" and eps is None:
         eps = torch.finfo(accumulation_dtype(x)).eps
-    groups = inputs.check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior)
-    for name, prior in zip(("weight_prior", "bias_prior"), priors, strict=True):
-        inputs.check_prior(name, prior, x, shape)
+    n_rows, trailing = x.numel() // math.prod(shape), len(shape)
+    if per_head:
+        shape, trailing = inputs.shape_of_heads(x, shape), len(shape) + 1
+    groups = inputs.check_parameters(x, shape, *posteriors, posterior, per_head)
+    for name, prior in ("weight_prior", weight_prior), ("bias_prior", bias_prior):
+        inputs.check_prior(name, prior, x, shape, per_head)
     sample = sample and posterior == "sampled"
     if noise == "sample" and sample:
-        sample_dim = inputs.resolve_sample_dim(x, len(shape), sample_dim)
-    draws, inner = draw_layout(x.shape, len(shape), noise if sample else "batch", sample_dim)
-    n_rows = x.numel() // math.prod(shape)
+        sample_dim = inputs.resolve_sample_dim(x, trailing, sample_dim)
+    draws, inner = draw_layout(x.shape, trailing, noise if sample else "batch", sample_dim)
     inputs.check_rows(n_rows)
-    rows = Rows.of(sample, n_rows, 1 if groups is None else groups, draws, inner)
+    rows = Rows.of(sample, n_rows, 1 if groups is None else groups, draws, inner, per_head)
     if groups is not None:
         inputs.check_groups(rows)
     return Prior(*values, prior_std), eps, rows

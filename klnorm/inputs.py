@@ -61,8 +61,21 @@ def check_device(name, tensor, x):
         raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is. Remedy: {name}.to(x.device).")
 
 
-def check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior="sampled"):
-    """Raise unless the posterior's parameters fit each other and `x`; return the number of groups, None without."""
+def shape_of_heads(x, shape):
+    """(H, *shape) of an `x` (..., H, *shape); raise where it has no dimension of heads."""
+    if x.dim() == len(shape):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (..., heads, {', '.join(map(str, shape))}): per_head=True is for "
+            "an x whose last dimension before normalized_shape counts heads. Remedy: x.unsqueeze(0) for one head."
+        )
+    return tuple(x.shape[x.dim() - len(shape) - 1 :])
+
+
+def check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior="sampled", per_head=False):
+    """Raise unless the posterior's parameters fit each other and `x`; return the number of groups, None without.
+
+    `shape`: of one group, or, `per_head`, of all heads.
+    """
     if posterior == "deterministic":
         for name, rho in ("weight_rho", weight_rho), ("bias_rho", bias_rho):
             if rho is not None:
@@ -76,31 +89,32 @@ def check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior="sa
             f"{missing} is None but {given} is not, expected both or neither. Remedy: pass {missing} as well."
         )
     grouped = (
-        isinstance(weight, torch.Tensor)
+        not per_head
+        and isinstance(weight, torch.Tensor)
         and not weight.is_nested
         and weight.dim() == len(shape) + 1
         and weight.shape[1:] == shape
     )
-    groups = weight.shape[0] if grouped else None
     shape = tuple(weight.shape) if grouped else shape
-    _check_like("weight", weight, x, shape)
+    _check_like("weight", weight, x, shape, per_head)
     for name, parameter in ("bias", bias), ("weight_rho", weight_rho), ("bias_rho", bias_rho):
         if parameter is None and (name != "weight_rho" or posterior == "deterministic"):
             continue
-        _check_like(name, parameter, x, shape)
+        _check_like(name, parameter, x, shape, per_head)
         if parameter.dtype != weight.dtype:
             raise TypeError(
                 f"{name} has dtype {parameter.dtype}, expected weight's {weight.dtype}: all share one dtype. "
                 f"Remedy: {name}.to({weight.dtype})."
             )
-    return groups
+    return shape[0] if grouped or per_head else None
 
 
 def check_groups(rows):
     """Raise unless the groups are of equal size, and do not cut the samples that draws of noise belong to."""
     groups, n_rows = rows.groups, rows.n_rows
     if not 1 <= groups <= _MAX_GROUPS:
-        raise ValueError(f"weight has {groups} groups, expected 1 to {_MAX_GROUPS}: its first dimension counts them.")
+        name = "heads" if rows.per_head else "groups"
+        raise ValueError(f"weight has {groups} {name}, expected 1 to {_MAX_GROUPS}: its first dimension counts them.")
     if n_rows % groups:
         raise ValueError(
             f"weight has {groups} groups, expected a divisor of {n_rows}, the number of rows of x: every group has as "
@@ -132,14 +146,14 @@ def check_residual(residual, x):
     check_device("residual", residual, x)
 
 
-def check_prior(name, prior, x, shape):
+def check_prior(name, prior, x, shape, per_head=False):
     """Raise unless `prior` is None or a tensor like the parameter that it is the prior mean of."""
     if prior is not None:
-        _check_like(name, prior, x, shape)
+        _check_like(name, prior, x, shape, per_head)
 
 
 def resolve_sample_dim(x, n_normalized, sample_dim):
-    """`sample_dim` as a non-negative dimension of `x`; raise where it is none, or a normalized one."""
+    """`sample_dim` as a non-negative dimension of `x` before `n_normalized` others, heads counted; else raise."""
     leading = x.dim() - n_normalized
     if leading == 0:
         return 0
@@ -147,7 +161,8 @@ def resolve_sample_dim(x, n_normalized, sample_dim):
     if not 0 <= dim < leading:
         raise ValueError(
             f"sample_dim is {sample_dim}, expected 0 to {leading - 1}: a dimension of x, shape {tuple(x.shape)}, "
-            f"before the {n_normalized} normalized one(s). Remedy: name the dimension that counts samples."
+            f"before the last {n_normalized}, which are normalized or heads. Remedy: name the dimension that counts "
+            "samples."
         )
     return dim
 
@@ -195,7 +210,7 @@ def check_rows(n_rows):
         raise ValueError(f"x has {n_rows} rows, expected at most 2^32. Remedy: split x.")
 
 
-def _check_like(name, parameter, x, shape):
+def _check_like(name, parameter, x, shape, per_head=False):
     if not isinstance(parameter, torch.Tensor):
         raise TypeError(f"{name} is a {type(parameter).__name__}, expected a tensor of shape {shape}.")
     if parameter.dtype not in checks.FLOATS:
@@ -203,6 +218,12 @@ def _check_like(name, parameter, x, shape):
             f"{name} has dtype {parameter.dtype}, expected one of {checks.FLOAT_NAMES}. Remedy: {name}.float()."
         )
     check_layout(name, parameter)
+    if per_head and parameter.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)}, expected {shape}, as per_head=True, the last dimensions of x, "
+            f"shape {tuple(x.shape)}. Remedy: {name}.expand({shape}) if all heads have the same, or permute x so that "
+            "its heads come last before normalized_shape."
+        )
     if parameter.shape != shape:
         raise ValueError(
             f"{name} has shape {tuple(parameter.shape)}, expected {shape}, normalized_shape "

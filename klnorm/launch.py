@@ -209,8 +209,8 @@ def forward_plan(spec, target, vec, strides):
     numbers = *strides, *_numbers(rows), *spec.prior, spec.eps
     constants = {"MODE": _mode(spec, target), "TILE": _tile(spec, shape, vec)}
     of_rows = Call(kernel, target.device, _dtypes(spec, prepare), grid, numbers, constants, shape.num_warps)
-    statistics, kl = (rows.n_rows, 1 if spec.kind == "rms" else 2), () if rows.groups == 1 else (rows.groups,)
-    return ForwardPlan(prepare, of_rows, prepared, statistics, kl, torch.float64 if itemsize == 8 else torch.float32)
+    statistics, dtype = (rows.n_rows, 1 if spec.kind == "rms" else 2), torch.float64 if itemsize == 8 else torch.float32
+    return ForwardPlan(prepare, of_rows, prepared, statistics, rows.kl_shape, dtype)
 
 
 @functools.lru_cache(4096)
@@ -283,7 +283,8 @@ def _mode(spec, target):
     order = "strided" if inner == 1 else "blocked"
     if rows.noise != "shared" or draws * inner >= rows.group_rows:
         order = "rows"
-    return Mode(spec.kind == "rms", rows.noise, order, rows.groups > 1, spec.weight_offset, target.fast)
+    grouped = "no" if rows.groups == 1 else "heads" if rows.per_head else "blocks"
+    return Mode(spec.kind == "rms", rows.noise, order, grouped, spec.weight_offset, target.fast)
 
 
 def _tile(spec, shape, vec=1):

@@ -6,18 +6,20 @@ Arguments of the operators, in order:
     residual                             None, or to be added to x first: shape of x, any floating dtype
     weight, bias, weight_rho, bias_rho   (groups, *normalized_shape), or normalized_shape for one group; one floating
                                          dtype; None where there is no shift; weight_rho None: deterministic reading
-    weight_prior, bias_prior             normalized_shape or None: then the numbers below
+    weight_prior, bias_prior             normalized_shape, or with per_head as weight; None: the numbers below
     seed                                 int64, one element; None: no sampling (evaluation)
     weight_prior_value, bias_prior_value, prior_std, eps
     weight_offset                        added to the weight, it gives the scale; the prior's means are without it
     draws, inner                         row r uses draw (r // inner) % draws
     groups                               row r of M uses the parameters of group r // (M // groups)
+    per_head                             or of r % groups, and, with k = r // groups for r, draw (k // inner) % draws of
+                                         this group's own
     rms                                  RMSNorm: no mean is subtracted
     dtype                                forward: of y, None for that of x; backward: of the gradient of x
 
-Forward returns y, the sum with the residual (as that), kl (scalar, or (groups,), in nats) and statistics, (M, 2) of
-mean and 1 / deviation or, for RMSNorm, (M, 1); the latter two in fp32, or fp64 for fp64 `x`. What is not there is an
-empty tensor. Backward takes as z what was normalized, x or the sum.
+Forward returns y, the sum with the residual (as that), kl (scalar, or (groups,) of several or with per_head, in nats)
+and statistics, (M, 2) of mean and 1 / deviation or, for RMSNorm, (M, 1); the latter two in fp32, or fp64 for fp64 `x`.
+What is not there is an empty tensor. Backward takes as z what was normalized, x or the sum.
 
 Inside of klnorm the tensors are `Parameters` and everything else is a `Spec`, see `klnorm.spec`.
 """
@@ -35,7 +37,7 @@ _ARGUMENTS = """
     Tensor? seed"""
 _NUMBERS = """
     float weight_prior_value, float bias_prior_value, float prior_std, float eps, float weight_offset,
-    SymInt draws, SymInt inner, SymInt groups, bool rms,
+    SymInt draws, SymInt inner, SymInt groups, bool per_head, bool rms,
     ScalarType? dtype"""
 
 _FORWARD = f"""norm_forward(
@@ -83,11 +85,12 @@ def _backward_operator(dy, dsum, dkl, z, *args):
 
 
 def _spec(
-    x, dtypes, parameters, seed, weight_prior, bias_prior, prior_std, eps, offset, draws, inner, groups, rms, dtype
-):
+    x, dtypes, parameters, seed,
+    weight_prior, bias_prior, prior_std, eps, offset, draws, inner, groups, per_head, rms, dtype,
+):  # fmt: skip
     weight, _, weight_rho, *_ = parameters
     n_cols = weight.numel() // groups
-    rows = Rows.of(seed is not None, x.numel() // n_cols, groups, draws, inner)
+    rows = Rows.of(seed is not None, x.numel() // n_cols, groups, draws, inner, per_head)
     kind, posterior = "rms" if rms else "layer", "deterministic" if weight_rho is None else "sampled"
     prior = Prior(weight_prior, bias_prior, prior_std)
     return make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes, dtype, offset)
@@ -109,10 +112,10 @@ def _empty_like(tensor, dtype=None):
 
 @torch.library.register_fake("klnorm::norm_forward", lib=_library)
 def _forward_fake(x, residual, weight, *args):
-    *_, groups, rms, dtype = args
+    *_, groups, per_head, rms, dtype = args
     n_rows = x.numel() * groups // weight.numel()
     statistics = x.new_empty((n_rows, 1 if rms else 2), dtype=cpu.accumulation_dtype(x))
-    kl = statistics.new_empty(() if groups == 1 else (groups,))
+    kl = statistics.new_empty((groups,) if per_head or groups != 1 else ())
     return _filled((_empty_like(x, dtype), _empty_like(residual), kl, statistics), x)
 
 

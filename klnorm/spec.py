@@ -29,8 +29,10 @@ class Prior(NamedTuple):
 class Rows(NamedTuple):
     """How rows fall into groups with parameters of their own, and into draws of noise.
 
-    Row r belongs to group r // group_rows and uses draw (r // inner) % draws. `noise`: "none" in evaluation, "merged"
-    where every row has a draw of its own, which is its number, else "shared".
+    Row r belongs to group r // group_rows and uses draw (r // inner) % draws. `per_head`: it is row k = r // groups of
+    group r % groups, its head, and uses draw (k // inner) % draws of this head's own; that of head h counts as
+    draw * groups + h among all. `noise`: "none" in evaluation, "merged" where every row has a draw of its own, which is
+    its number, else "shared".
     """
 
     n_rows: int
@@ -38,12 +40,13 @@ class Rows(NamedTuple):
     draws: int
     inner: int
     noise: str
+    per_head: bool = False
 
     @classmethod
-    def of(cls, sampled, n_rows, groups, draws, inner):
-        if not sampled:
-            return cls(n_rows, groups, draws, inner, "none")
-        return cls(n_rows, groups, draws, inner, "merged" if draws == n_rows else "shared")
+    def of(cls, sampled, n_rows, groups, draws, inner, per_head=False):
+        all_draws = draws * groups if per_head else draws
+        noise = "none" if not sampled else "merged" if all_draws == n_rows else "shared"
+        return cls(n_rows, groups, draws, inner, noise, per_head)
 
     @property
     def group_rows(self):
@@ -51,7 +54,7 @@ class Rows(NamedTuple):
 
     @property
     def in_group(self):
-        """(draws, inner) inside a group: its row i uses draw `first_draw` + (i // inner) % draws.
+        """(draws, inner) inside a group: its row i uses draw `first_draw` + `step` * ((i // inner) % draws).
 
         None where groups and draws cut each other.
         """
@@ -64,9 +67,24 @@ class Rows(NamedTuple):
             return rows // self.inner, self.inner
         return (1, rows) if cycle % rows == 0 and self.inner % rows == 0 else None
 
+    @property
+    def step(self):
+        """From a row of a group to its next, and from a draw to the next."""
+        return self.groups if self.per_head else 1
+
+    def first_row(self, group):
+        return group if self.per_head else group * self.group_rows
+
     def first_draw(self, group):
         """The draw of a group's first row; 0 where rows share no draws."""
-        return group * self.group_rows // self.inner % self.draws if self.noise == "shared" and self.n_rows else 0
+        if self.noise != "shared" or not self.n_rows:
+            return 0
+        return group if self.per_head else self.first_row(group) // self.inner % self.draws
+
+    @property
+    def kl_shape(self):
+        """One number for every group; a scalar for a group alone that is no head."""
+        return (self.groups,) if self.groups > 1 or self.per_head else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +110,7 @@ class Spec:
     def numbers(self):
         """As the operator of the backward takes it, see `klnorm.ops`."""
         rows = self.rows
-        layout = rows.draws, rows.inner, rows.groups
+        layout = rows.draws, rows.inner, rows.groups, rows.per_head
         return *self.prior, self.eps, self.weight_offset, *layout, self.kind == "rms", self.dtypes[0]
 
 

@@ -54,7 +54,7 @@ class Problem:
 
     def __init__(
         self, device, leading, n, noise, sample_dim=0, *, bias=None, dtype=torch.float32, param_dtype=None, priors=True,
-        rms=False, deterministic=False, groups=None, residual=None, offset=0.0,
+        rms=False, deterministic=False, groups=None, per_head=False, residual=None, offset=0.0,
     ):  # fmt: skip
         generator = torch.Generator().manual_seed(sum(leading) * 31 + n)
 
@@ -63,10 +63,12 @@ class Problem:
 
         param_dtype = param_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
         self.x, self.dy = 2 * randn(*leading, n) + 1, randn(*leading, n)
+        groups = leading[-1] if per_head else groups
         shape = (n,) if groups is None else (groups, n)
         means = [randn(*shape, dtype=param_dtype) for _ in range(2)]
         rhos = [None, None] if deterministic else [randn(*shape, dtype=param_dtype) - 1 for _ in range(2)]
-        prior_tensors = [randn(n, dtype=param_dtype) for _ in range(2)] if priors else [None, None]
+        prior_shape = shape if per_head else (n,)
+        prior_tensors = [randn(*prior_shape, dtype=param_dtype) for _ in range(2)] if priors else [None, None]
         if bias is False or (rms and not bias):
             means[1] = rhos[1] = prior_tensors[1] = None
         self.parameters = [means[0], means[1], rhos[0], rhos[1]]
@@ -75,7 +77,7 @@ class Problem:
         self.residual = self.dsum = None
         if residual is not None:
             self.residual, self.dsum = 2 * randn(*leading, n, dtype=residual), randn(*leading, n, dtype=residual)
-        self.groups, self.rms, self.offset = groups, rms, offset
+        self.groups, self.per_head, self.rms, self.offset = groups, per_head, rms, offset
         self.sampled = noise != "none" and not deterministic
         self.seed = torch.tensor([-(2**62) + 12345], device=device) if self.sampled else None
         acc = kl_norm.accumulation_dtype(self.x)
@@ -84,8 +86,9 @@ class Problem:
     @property
     def spec(self):
         """Of x and parameters as they are now, which tests change."""
-        draws = kl_norm.draw_layout(self.x.shape, 1, self.noise if self.sampled else "batch", self.sample_dim)
-        rows = Rows.of(self.sampled, self.x.numel() // self.n, self.groups or 1, *draws)
+        noise = self.noise if self.sampled else "batch"
+        draws = kl_norm.draw_layout(self.x.shape, 1 + self.per_head, noise, self.sample_dim)
+        rows = Rows.of(self.sampled, self.x.numel() // self.n, self.groups or 1, *draws, self.per_head)
         kind = "rms" if self.rms else "layer"
         posterior = "deterministic" if self.parameters[2] is None else "sampled"
         dtypes = dtypes_of(self.x, self.residual, *self.parameters, *self.prior_tensors)
@@ -124,7 +127,7 @@ class Problem:
         weight, bias, weight_rho, bias_rho = parameters
         options = {
             "weight_prior": weight_prior, "bias_prior": bias_prior, "prior_std": PRIOR_STD, "eps": EPS,
-            "weight_offset": self.offset,
+            "weight_offset": self.offset, "per_head": self.per_head,
             "noise": "batch" if self.noise == "none" else self.noise, "sample_dim": self.sample_dim,
             "sample": self.sampled, "seed": self.seed,
         }  # fmt: skip
@@ -386,6 +389,9 @@ FAMILY = {
     "groups": {"groups": 3},
     "offset": {"offset": 1.0},
     "all": {"rms": True, "groups": 3, "residual": torch.float32, "offset": -0.5},
+    "heads": {"per_head": True},
+    "all heads": {"per_head": True, "rms": True, "residual": torch.float32, "offset": -0.5},
+    "deterministic heads": {"per_head": True, "deterministic": True},
 }
 
 
@@ -402,7 +408,7 @@ def test_family_of_wide_rows(device, monkeypatch, options, noise):
     Problem(device, (3, 2), 601, noise, **options).check(monkeypatch)
 
 
-@pytest.mark.parametrize("options", ["rms", "residual", "groups", "all"])
+@pytest.mark.parametrize("options", ["rms", "residual", "groups", "all", "heads", "all heads"])
 def test_family_of_rows_in_halves(device, monkeypatch, options):
     in_halves(monkeypatch)
     Problem(device, (3, 5, 2), 120, "token", **FAMILY[options]).check(monkeypatch)
@@ -463,8 +469,27 @@ def test_groups_and_samples(device, monkeypatch, programs, leading, sample_dim, 
     Problem(device, leading, 24, noise, sample_dim, groups=groups).check(monkeypatch)
 
 
-def test_no_rows_of_groups(device, monkeypatch):
-    Problem(device, (0, 3), 24, "sample", groups=3).check(monkeypatch)
+@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
+@pytest.mark.parametrize(
+    ("leading", "sample_dim"),
+    [
+        ((3,), 0),  # heads alone
+        ((6, 3), 0),  # a head has a row of every sample
+        ((6, 4, 3), 0),
+        ((6, 4, 3), 1),  # time first
+        ((2, 6, 4, 2), 1),
+        ((6, 4, 1), 0),
+        ((1, 19, 5), 0),
+    ],
+)
+@pytest.mark.parametrize("n", [7, 24])
+def test_heads_and_samples(device, monkeypatch, programs, leading, sample_dim, noise, n):
+    Problem(device, leading, n, noise, sample_dim, per_head=True).check(monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{"groups": 3}, {"per_head": True}], ids=["groups", "heads"])
+def test_no_rows_of_groups(device, monkeypatch, options):
+    Problem(device, (0, 3), 24, "sample", **options).check(monkeypatch)
 
 
 def test_the_deterministic_divergence_at_a_weight_of_zero(device):

@@ -295,7 +295,7 @@ def _rows_kernel(out_ptr, tile, draw, n_draws, inner, rows_per_draw, MODE: tl.co
 def test_rows_beyond_2_to_the_31(device, order, n_draws, inner, expected):
     """The last row of the last of 3 draws of 2^30 rows, in the kernels' own arithmetic."""
     out = torch.empty(2, dtype=torch.int64, device=device)
-    mode = Mode(False, "shared", order, False, 0.0, False)
+    mode = Mode(False, "shared", order, "no", 0.0, False)
     _rows_kernel[(1,)](out, (1 << 29) - 1, n_draws - 1, n_draws, inner, 1 << 30, mode)
     assert out[1].item() == expected
     _rows_kernel[(1,)](out, 1 << 29, n_draws - 1, n_draws, inner, (1 << 30) + 1, mode)

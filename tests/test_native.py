@@ -11,7 +11,7 @@ from native import Launch, NativeCompilation, compile_apart
 from klnorm import launch
 from klnorm.kernels.rows import Mode, Tile
 
-MODE, TILE = Mode(False, "none", "rows", False, 0.0, False), Tile(8, 1, 1, 16, 1)
+MODE, TILE = Mode(False, "none", "rows", "no", 0.0, False), Tile(8, 1, 1, 16, 1)
 
 
 def call(kernel, *, num_warps=4, **options):
@@ -37,7 +37,7 @@ def test_what_the_compiler_refuses_is_told_in_its_words():
     name, again, *words = refusal.splitlines()
     assert name == (
         "returns_before_none((float32, (float32, None), None, None); IS_RMS=False, NOISE='none', ORDER='rows', "
-        "GROUPED=False, OFFSET=0.0, FAST=True, N=8, VEC=1, BLOCK_M=1, BLOCK_N=16, STAGES=1)"
+        "GROUPED='no', OFFSET=0.0, FAST=True, N=8, VEC=1, BLOCK_M=1, BLOCK_N=16, STAGES=1)"
     )
     assert again.startswith("To see it again: python -m pytest tests/test_native.py::test_what_the_compiler_refuses")
     assert words[0].startswith("CompilationError")
@@ -69,7 +69,8 @@ def test_kinds_differ_by_what_decides_the_code():
     assert first.kind == recorded("good", N=12, num_warps=8).kind
     others = [
         recorded("good", x_dtype=torch.bfloat16), recorded("good", y=False), recorded("good", N=1),
-        recorded("good", NOISE="merged"), recorded("good", GROUPED=True), recorded("drops_nan"), recorded("good", N=32),
+        recorded("good", NOISE="merged"), recorded("good", GROUPED="heads"), recorded("drops_nan"),
+        recorded("good", N=32),
     ]  # fmt: skip
     assert len({other.kind for other in [first, *others]}) == 1 + len(others)
 

@@ -54,7 +54,7 @@ def forward_arguments(device, mode, bias=True, tensor_prior=False, dtype=torch.f
     return (
         tensors["x"] if x is None else x, None, *(tensors.get(name) for name in NAMES[1:]), prior,
         prior if bias else None, None if mode == "none" else torch.tensor([7], device=device),
-        1.0, 0.0, 0.1, 1e-5, 0.0, *layouts(mode), 1, False, None,
+        1.0, 0.0, 0.1, 1e-5, 0.0, *layouts(mode), 1, False, False, None,
     )  # fmt: skip
 
 
@@ -79,10 +79,10 @@ def test_opcheck(device, mode, bias):
     opcheck("norm_backward", backward_arguments(forward))
 
 
-@pytest.mark.parametrize("variant", ["rms", "residual", "deterministic", "groups", "all"])
+@pytest.mark.parametrize("variant", ["rms", "residual", "deterministic", "groups", "heads", "all"])
 def test_opcheck_of_the_family(device, variant):
     x, residual, *tensors = forward_arguments(device, "none" if variant == "deterministic" else "sample")
-    *numbers, groups, _, dtype = tensors[7:]
+    *numbers, draws, inner, groups, per_head, _, dtype = tensors[7:]
     weight, bias, weight_rho, bias_rho, *priors_and_seed = tensors[:7]
     if variant == "deterministic":
         weight_rho = bias_rho = None
@@ -97,8 +97,11 @@ def test_opcheck_of_the_family(device, variant):
             None if p is None else torch.randn(3, N, device=device) for p in (weight, bias, weight_rho, bias_rho)
         )
         (weight, bias, weight_rho, bias_rho), groups = parameters, 3
-    parameters = weight, bias, weight_rho, bias_rho
-    forward = x, residual, *parameters, *priors_and_seed, *numbers, groups, variant in ("rms", "all"), dtype
+    if variant == "heads":  # of an x (3, 4, N)
+        weight, bias, weight_rho, bias_rho = (torch.randn(4, N, device=device) for _ in range(4))
+        inner, groups, per_head = 1, 4, True
+    parameters, layout = (weight, bias, weight_rho, bias_rho), (draws, inner, groups, per_head)
+    forward = x, residual, *parameters, *priors_and_seed, *numbers, *layout, variant in ("rms", "all"), dtype
     opcheck("norm_forward", forward)
     opcheck("norm_backward", backward_arguments(forward))
 
@@ -134,8 +137,8 @@ def test_opcheck_of_strided_tensors(device, mode):
 
 def test_opcheck_of_no_rows(device):
     forward = forward_arguments(device, "sample", leading=(0, 4))
-    opcheck("norm_forward", (*forward[:-5], 0, 4, 1, False, None))
-    backward = backward_arguments((*forward[:-5], 0, 4, 1, False, None))
+    opcheck("norm_forward", (*forward[:-6], 0, 4, 1, False, False, None))
+    backward = backward_arguments((*forward[:-6], 0, 4, 1, False, False, None))
     opcheck("norm_backward", backward)
 
 

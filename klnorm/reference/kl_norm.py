@@ -107,13 +107,14 @@ def kl_layer_norm(
     residual=None,
     out_dtype=None,
     weight_offset=0.0,
+    per_head=False,
 ):
     """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same results, nothing checked.
 
     A seed of None is drawn from torch's generator or `generator`, on the CPU the one that is drawn there.
     """
     parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
-    draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
+    draw = noise, sample_dim, sample and posterior == "sampled", seed, generator, per_head
     return _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, row_mean, out_dtype, weight_offset)
 
 
@@ -138,10 +139,11 @@ def kl_rms_norm(
     residual=None,
     out_dtype=None,
     weight_offset=0.0,
+    per_head=False,
 ):
     """The specification of `klnorm.functional.kl_rms_norm`, likewise."""
     parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
-    draw = noise, sample_dim, sample and posterior == "sampled", seed, generator
+    draw = noise, sample_dim, sample and posterior == "sampled", seed, generator, per_head
     eps = torch.finfo(accumulation_dtype(x)).eps if eps is None else eps
     return _kl_norm(
         x, residual, normalized_shape, parameters, prior_std, eps, draw, lambda rows: 0.0, out_dtype, weight_offset
@@ -151,7 +153,8 @@ def kl_rms_norm(
 def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, centre, out_dtype, offset):
     """(y, kl), or (y, sum, kl) with a residual; `centre`: what is taken off the rows (M, N).
 
-    Parameters may be (G, *normalized_shape): row r of M then has those of group r // (M / G), and kl is (G,).
+    Parameters may be (G, *normalized_shape): row r of M then has those of group r // (M / G) or, `per_head`, of r % G,
+    which is the head of the row, and kl is (G,).
     """
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
     acc, n = accumulation_dtype(x), math.prod(shape)
@@ -164,7 +167,8 @@ def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, ce
     centred = rows - centre(rows)
     xhat = centred * reciprocal_root((centred**2).mean(1, keepdim=True) + eps)
 
-    group = torch.arange(len(rows), device=x.device) // max(1, len(rows) // len(parameters[0]))
+    row, groups = torch.arange(len(rows), device=x.device), len(parameters[0])
+    group = row % groups if draw[-1] else row // max(1, len(rows) // groups)
     w, b, w_rho, b_rho = (v if v is None else v[group] for v in parameters[:4])
     y = _affine(xhat, offset + w, b, w_rho, b_rho, x.shape, len(shape), *draw).reshape(x.shape).to(out_dtype or x.dtype)
     kl = kl if has_groups else kl[0]
@@ -179,18 +183,24 @@ def _kl(w, b, w_rho, b_rho, w_prior, b_prior, prior_std, offset):
     return kl if b is None else kl + kl_normal(b, b_rho, b_prior, prior_std).sum(1)
 
 
-def _affine(xhat, w, b, w_rho, b_rho, x_shape, n_normalized, noise, sample_dim, sample, seed, generator):
-    """y (M, N) of the parameters (M, N) of every row."""
+def _affine(xhat, w, b, w_rho, b_rho, x_shape, n_normalized, noise, sample_dim, sample, seed, generator, per_head):
+    """y (M, N) of the parameters (M, N) of every row.
+
+    `per_head`, x is (..., H, *normalized_shape), row r is head r % H at position r // H, and where a position uses draw
+    d its heads use draws d H + 0, ..., d H + H - 1.
+    """
     if not sample:
         return w * xhat if b is None else w * xhat + b
     if seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=xhat.device, generator=generator)
     s, t = (rho if rho is None else softplus(rho) for rho in (w_rho, b_rho))
-    draws, inner = draw_layout(x_shape, n_normalized, noise, sample_dim)
-    if draws == len(xhat):
+    draws, inner = draw_layout(x_shape, n_normalized + per_head, noise, sample_dim)
+    heads = x_shape[-n_normalized - 1] if per_head else 1
+    if draws * heads == len(xhat):
         return _merged(xhat, w, b, s, t, seed)
-    n, d = xhat.shape[1], torch.arange(len(xhat), device=xhat.device) // inner % draws
-    every = torch.arange(draws, device=xhat.device)
+    n, row = xhat.shape[1], torch.arange(len(xhat), device=xhat.device)
+    d = row // heads // inner % draws * heads + row % heads
+    every = torch.arange(draws * heads, device=xhat.device)
     y = (w + s * normals(seed, every, n, SCALE_STREAM).to(xhat)[d]) * xhat
     return y if b is None else y + b + t * normals(seed, every, n, SHIFT_STREAM).to(xhat)[d]
 
