@@ -37,6 +37,9 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
             have, about 1: the default of 0.1, meant for the sampled reading, would pull them all to 0.1. `noise`,
             `sample_dim`, `init_std` and `generator` have no effect then.
         out_dtype: floating dtype of the output; that of the input if None.
+        heads: None, or how many heads have a scale and shift of their own, as in norms of queries and keys. Input is
+            then (..., heads, \*normalized_shape), parameters and prior means are (heads, \*normalized_shape), and the
+            KL divergence is the sum over heads, which share no noise.
 
     Shape:
         Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
@@ -44,7 +47,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
-            reading. All of `normalized_shape`.
+            reading. All of `normalized_shape`, or (heads, \*normalized_shape).
     Buffers (persistent):
         weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.LayerNorm checkpoint becomes the prior.
             weight_prior is None in the deterministic reading.
@@ -60,6 +63,9 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
         >>> layer = klnorm.KLLayerNorm(8, posterior="deterministic", prior_std=1.0)
         >>> [name for name, _ in layer.named_parameters()], abs(round(layer.kl_divergence().item(), 5))
         (['weight', 'bias'], 0.0)
+        >>> layer = klnorm.KLLayerNorm(8, heads=4)
+        >>> layer(torch.randn(2, 5, 4, 8)).shape, layer.weight.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([4, 8]))
     """
 
     _plain_class = nn.LayerNorm
@@ -80,12 +86,15 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):
         generator=None,
         posterior="sampled",
         out_dtype=None,
+        heads=None,
     ):
         _check_affine(elementwise_affine, "LayerNorm")
         checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
         eps = checks.as_number("eps", eps, at_least=0)
-        super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
+        shape, heads = checks.as_shape(normalized_shape), _as_heads(heads)
+        super().__init__((*heads, *shape), eps, True, bias, device, dtype)  # parameters of this shape
+        self.normalized_shape, self.heads = shape, heads[0] if heads else None
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
             posterior=posterior, out_dtype=out_dtype,
@@ -106,7 +115,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         elementwise_affine: must be True: the layer is about the scale.
         device, dtype: of the parameters.
         bias: True adds a shift with a posterior of its own, as KLLayerNorm has.
-        noise, sample_dim, init_std, prior_std, generator, out_dtype: as for `KLLayerNorm`.
+        noise, sample_dim, init_std, prior_std, generator, out_dtype, heads: as for `KLLayerNorm`.
         posterior: "sampled" or "deterministic", as for `KLLayerNorm`. Without a shift the deterministic KL is that of
             :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
 
@@ -116,14 +125,15 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
-            reading. All of `normalized_shape`; those of the shift None where there is none.
+            reading. All of `normalized_shape`, or (heads, \*normalized_shape); those of the shift None where there is
+            none.
     Buffers (persistent):
         weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.RMSNorm checkpoint becomes the prior; its
             shift is 0. weight_prior is None in the deterministic reading, bias_prior without a shift.
 
     Raises:
         TypeError, ValueError: as `klnorm.functional.kl_rms_norm`, and for elementwise_affine=False.
-        `klnorm.restore_rms_norm` refuses a layer with a shift.
+        `klnorm.restore_rms_norm` refuses a layer with a shift or with heads.
 
     Example:
         >>> layer = klnorm.KLRMSNorm(8, eps=1e-6)
@@ -131,6 +141,10 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         >>> loss = y.square().mean() + layer.kl_divergence() / 1000
         >>> layer
         KLRMSNorm((8,), eps=1e-06, elementwise_affine=True, noise='sample', sample_dim=0, prior_std=0.1)
+        >>> norm_q, norm_k = (klnorm.KLRMSNorm(8, eps=1e-6, heads=heads) for heads in (4, 2))
+        >>> q, k = norm_q(torch.randn(2, 5, 4, 8)), norm_k(torch.randn(2, 5, 2, 8))
+        >>> q.shape, k.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([2, 5, 2, 8]))
     """
 
     _plain_class = nn.RMSNorm
@@ -152,12 +166,15 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
         generator=None,
         posterior="sampled",
         out_dtype=None,
+        heads=None,
     ):
         _check_affine(elementwise_affine, "RMSNorm")
         checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
         eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
-        super().__init__(checks.as_shape(normalized_shape), eps, True, device, dtype)
+        shape, heads = checks.as_shape(normalized_shape), _as_heads(heads)
+        super().__init__((*heads, *shape), eps, True, device, dtype)  # parameters of this shape
+        self.normalized_shape, self.heads = shape, heads[0] if heads else None
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
@@ -182,6 +199,11 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):
 
     def extra_repr(self):
         return super().extra_repr() + ("" if self.bias is None else ", bias=True")
+
+
+def _as_heads(heads):
+    """What comes before the normalized shape in that of the parameters."""
+    return () if heads is None else (checks.as_integer("heads", heads, at_least=1),)
 
 
 def _check_affine(elementwise_affine, norm):

@@ -27,6 +27,7 @@ class KLNorm(nn.Module):
     _means = "weight", "bias"
     _is_rms = False
     _weight_offset = 0.0  # added to the weight, it gives the scale
+    heads = None  # how many have parameters of their own
 
     def _add_posterior(self, **options):
         """Make a KL layer of what is the norm."""
@@ -137,7 +138,7 @@ class KLNorm(nn.Module):
         """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode.
 
         Args:
-            x: (..., *normalized_shape).
+            x: (..., *normalized_shape), with heads (..., heads, *normalized_shape).
             residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), that is added to
                 it first, in one pass.
 
@@ -154,8 +155,9 @@ class KLNorm(nn.Module):
         kind = "rms" if self._is_rms else "layer"
         out_dtype = self._out_dtype(x if residual is None else residual)
         settings = Settings(
-            kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype, self._weight_offset
-        )
+            kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype, self._weight_offset,
+            self.heads is not None,
+        )  # fmt: skip
         y, total, kl = normalize(x, residual, shape, held, settings, True, generator=self.generator)
         if not compiling:
             self._last_kl.remember(kl, held, self.prior_std)
@@ -165,17 +167,19 @@ class KLNorm(nn.Module):
         dtype, weight = getattr(x, "dtype", None), self.weight
         alike = weight is not None and dtype is weight.dtype and self.out_dtype in (None, dtype)
         alike = alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type))
-        if alike and residual is None and (self.bias is None or not self._is_rms):
+        alike = alike and residual is None and self.heads is None
+        if alike and (self.bias is None or not self._is_rms):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
                 inputs.check_input(x, self.normalized_shape)
             inputs.check_device("weight", weight, x)
             return super().forward(x)
-        # With a residual, in one pass, of mixed dtypes, which torch refuses or answers in fp32, or with a shift that
-        # nn.RMSNorm has not: the norm of the means is the deterministic reading.
+        # With a residual, in one pass, of mixed dtypes, which torch refuses or answers in fp32, with heads, or with a
+        # shift that nn.RMSNorm has not: the norm of the means is the deterministic reading.
         shape, eps = self._shape_and_eps()
         means = Parameters(weight, self.bias, None, None, None, None)
         kind = "rms" if self._is_rms else "layer"
-        settings = Settings(kind, "deterministic", "batch", 0, self.prior_std, eps, self.out_dtype)
+        per_head = self.heads is not None
+        settings = Settings(kind, "deterministic", "batch", 0, self.prior_std, eps, self.out_dtype, per_head=per_head)
         y, total, _ = normalize(x, residual, shape, means, settings, sample=False)
         return y if residual is None else (y, total)
 
@@ -213,7 +217,12 @@ class KLNorm(nn.Module):
 
     def _take_kl(self):
         """The KL tensor of the last forward, see `LastKL.take`; None where that is not at hand."""
-        return None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
+        kl = None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
+        if kl is None or self.heads is None:
+            return kl
+        total = kl.sum()
+        total.of = kl  # held by who holds the sum, so that it can be taken again
+        return total
 
     def _as_scale(self, weight):
         """The scale of a weight, in fp32 or wider: 1 + weight in bf16 would lose what training changes."""
@@ -266,7 +275,8 @@ class KLNorm(nn.Module):
         else:
             ours = f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
         dtype = "" if self.out_dtype is None else f"out_dtype={self.out_dtype}"
-        return ", ".join(part for part in (super().extra_repr(), ours, dtype) if part)
+        heads = "" if self.heads is None else f"heads={self.heads}"
+        return ", ".join(part for part in (super().extra_repr(), ours, dtype, heads) if part)
 
 
 def _nothing(module, args):
