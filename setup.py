@@ -13,7 +13,7 @@ STUDY = [*DEMO, *HF]
 
 setup(
     name="klnorm",
-    version=run_path("klnorm/versions.py")["__version__"],
+    version=run_path("klnorm/versions/__init__.py")["__version__"],
     description="KL-regularized LayerNorm for PyTorch, as fused Triton kernels",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -22,6 +22,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[*find_packages(include=["klnorm", "klnorm.*"]), "klnorm.kernels"],
+    package_data={"klnorm": ["py.typed"]},
     # The link klnorm/kernels serves a source tree; an sdist has no links, and finds the device code by this line.
     package_dir={"klnorm.kernels": "kernels"},
     install_requires=["torch>=2.6", "triton>=3.4; platform_system == 'Linux'", "numpy"],

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import klnorm
-from klnorm import launch, ops
+from klnorm import compat, launch
 
 from . import eager, models, overhead, report
 from .warm import warm
@@ -259,7 +259,7 @@ def _count_operations(step, compiled):
                 ctypes.memset(output.data_ptr(), 0, output.nbytes)
 
     as_launched = mock.patch.object(launch.Call, "launch", launch_zeros)
-    not_watched = mock.patch.object(ops, "is_watched", bool)  # by what counts here
+    not_watched = mock.patch.object(compat, "is_watched", bool)  # by what counts here
     with overhead.way_of_cuda(), as_launched, not_watched, _Operations() as operations:
         step()
     return operations.count + launches

@@ -1,4 +1,4 @@
-"""Backward of rows that fit into registers: dx, and per program column sums, of which finalize.py makes gradients."""
+"""Backward of rows that fit into registers: dx, and column sums per program, which finalize.py makes gradients of."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ def _piece(
         x_ptr, dy_ptr, statistics_ptr, row, row_mask, cols, x_stride, dy_stride, MODE, TILE
     )
     u = dy
-    if MODE.NOISE == "merged":  # parameters again for every row: kept, they would take the registers of the sums
+    if MODE.NOISE == "merged":  # loads parameters for every tile: kept, they would take the sums' registers
         u, scale_var = merged_cotangent(xhat, dy, row, prepared_ptr, parameters, k0, k1, first_col, MODE, TILE)
         scale, _ = load_affine(
             prepared_ptr, parameters, k0, k1, draw, first_draw, n_draws, first_col, MODE, TILE, xhat.dtype
@@ -32,7 +32,7 @@ def _piece(
     if MODE.IS_RMS:
         along_xhat = tl.sum(dxhat * xhat, axis=1, keep_dims=True)
         along_one = tl.zeros_like(along_xhat)
-    else:  # in one reduction: two would wait for each other's barriers
+    else:  # both sums in one reduction, as every reduction waits at barriers
         one, along = tl.split(tl.sum(tl.join(dxhat, dxhat * xhat), axis=1))
         along_one, along_xhat = one[:, None], along[:, None]
     return xhat, dxhat, rstd, along_one, along_xhat, sums
@@ -46,7 +46,7 @@ def _rows_of_draw(
 ):  # fmt: skip
     """Store dx of every `step`-th tile of a draw; return the column sums [BLOCK_M, BLOCK_N] of both halves of rows.
 
-    Rows are in halves where their sums take so many registers that parameters of a whole row do not fit beside.
+    A row is taken in two halves where the column sums leave too few registers for the parameters of a whole row.
     """
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     HALVES: tl.constexpr = TILE.N > TILE.BLOCK_N
@@ -64,7 +64,7 @@ def _rows_of_draw(
             draw, first_draw, n_draws, 0, sums, MODE, TILE,
         )  # fmt: skip
         if HALVES:
-            tl.debug_barrier()  # else the compiler loads for both halves first
+            tl.debug_barrier()  # or the compiler would load the second half before it is done with the first
             more_xhat, more_dxhat, rstd, more_one, more_along, more_sums = _piece(
                 x_ptr, dy_ptr, statistics_ptr, prepared_ptr, parameters, k0, k1, x_stride, dy_stride, row, row_mask,
                 scale, draw, first_draw, n_draws, TILE.BLOCK_N, more_sums, MODE, TILE,
@@ -87,9 +87,10 @@ def backward_kernel(
     x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, all_draws, all_inner,
     MANY_DRAWS: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of at most BLOCK_N features; programs and their rows: see `draws_of`.
+    """Rows of at most BLOCK_N features, or two halves of that; `draws_of` says which rows a program owns.
 
-    x is what was normalized. outputs: dx, and dresidual or None. partial: (groups * programs, slots, N).
+    x: what was normalized, the sum if there was a residual. outputs: dx, and dresidual or None. partial: the column
+    sums, (groups * programs, slots, N).
     """
     k0, k1 = load_key(seed)
     HAS_BIAS: tl.constexpr = parameters.bias is not None

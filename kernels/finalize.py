@@ -1,4 +1,4 @@
-"""Finalizer: partial column sums to the gradients of all four parameters, KL gradient included, in their own dtype."""
+"""Last kernel of the backward: adds the programs' column sums up to gradients of the parameters, the KL's included."""
 
 import triton
 import triton.language as tl
@@ -17,7 +17,8 @@ def _reduce_partials(
 ):  # fmt: skip
     """Column sums [1, BLOCK_N] of a mean's slot and its deviation's slot over a group's programs, in a fixed order.
 
-    Where a program has one draw, the deviation has no slot: its sum is the mean's with each program's noise put in.
+    Where every program worked on one draw, the deviation has no slot: its sum is made of what the programs have in the
+    mean's slot, multiplied by the noise of their draws.
     """
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     SLOTS: tl.constexpr = 4 if MODE.NOISE == "merged" or MANY_DRAWS else 2
@@ -109,7 +110,7 @@ def finalize_kernel(
         _store_deterministic_gradients(
             parameters, gradients, weight_sum, bias_sum, dkl, cols, bias_prior, std, MODE, TILE.N
         )
-    else:  # not after a return: the compiler reads what follows one all the same
+    else:  # no return above instead: Triton compiles what follows a return, too
         dweight_ptr, dbias_ptr, dweight_rho_ptr, dbias_rho_ptr = gradients
         _store_gradients(
             parameters.weight, parameters.weight_rho, parameters.weight_prior, dweight_ptr, dweight_rho_ptr,

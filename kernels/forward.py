@@ -12,7 +12,7 @@ from .rows import BATCH_SIZES, among_all, group_start, load_tile, rows_of, store
 def load_sum(
     x_ptr, residual_ptr, sum_ptr, row, cols, mask, x_stride, residual_stride, TILE: tl.constexpr, ACC: tl.constexpr
 ):
-    """A tile of x; with a residual, of their sum, rounded to the residual's dtype and stored."""
+    """A tile of x; with a residual, of x + residual, rounded to the residual's dtype and stored as well."""
     x = load_tile(x_ptr, row, x_stride, cols, mask, TILE, ACC)
     if residual_ptr is not None:
         x += load_tile(residual_ptr, row, residual_stride, cols, mask, TILE, ACC)
@@ -27,8 +27,8 @@ def load_first(
 ):
     """The first feature [rows, 1] of what `load_sum` loads.
 
-    A mean is taken of distances from it: the mean of equal numbers is then that number, to the last bit, where their
-    sum would be rounded and 1 / sqrt(eps) make a thousand or a million times that error of it.
+    A row's mean is this feature plus the mean distance from it. So the mean of equal numbers is exactly that number.
+    A rounded mean would leave x - mean an error, which 1 / sqrt(eps) multiplies.
     """
     first = tl.load(x_ptr + row * x_stride * TILE.VEC, row_mask, other=0.0).to(ACC)
     if residual_ptr is not None:

@@ -1,4 +1,4 @@
-"""What the kernels of the backward share: a tile's gradients, and which rows a program adds up and where."""
+"""What the kernels of the backward share: gradients of a tile, column sums of a program, which rows it owns."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def load_normalized(
     mean, rstd = load_statistics(statistics_ptr, row, row_mask, MODE)
     x = load_tile(x_ptr, row, x_stride, cols, mask, TILE, rstd.dtype)
     dy = load_tile(dy_ptr, row, dy_stride, cols, mask, TILE, rstd.dtype)
-    return (x - mean) * rstd, dy, rstd  # not x * rstd - mean * rstd, one multiply-add: equal numbers do not cancel
+    return (x - mean) * rstd, dy, rstd  # x * rstd - mean * rstd would be a multiply-add, not 0 for x = mean
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def store_dx(
     outputs, dsum_ptr, xhat, dxhat, rstd, along_one, along_xhat, row, row_mask, first_col, dsum_stride,
     MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x and, in another dtype, of the residual, plus that of their sum.
+    """Store dx, and dresidual where its dtype is another; dsum, the gradient of the sum of both, is added to them.
 
     along_one, along_xhat: means along a row of dxhat and dxhat * xhat, times rstd.
     """
@@ -66,7 +66,7 @@ def store_dx(
     if not MODE.IS_RMS:
         dx -= along_one
     dx -= xhat * along_xhat
-    if TILE.N == 1 and not MODE.IS_RMS:  # no gradient, which rounding in multiply-adds would not leave at 0
+    if TILE.N == 1 and not MODE.IS_RMS:  # dx is 0, and would be a rounding error of multiply-adds
         dx = tl.zeros_like(dx)
     if dsum_ptr is not None:
         dx += load_tile(dsum_ptr, row, dsum_stride, cols, mask, TILE, dx.dtype)
@@ -88,7 +88,11 @@ def store_sums(
     partial_ptr, sums, seed, draw, first_draw, first_col,
     HAS_BIAS: tl.constexpr, MANY_DRAWS: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the column sums [BLOCK_M, BLOCK_N] of a draw; of many a program, add them up, each with its noise."""
+    """Store a program's column sums [BLOCK_M, BLOCK_N] over the rows of a draw.
+
+    Of a program with many draws they are added to those of its earlier draws; the deviations' sums are the means' times
+    the noise of the draw.
+    """
     SLOTS: tl.constexpr = 4 if MODE.NOISE == "merged" or MANY_DRAWS else 2
     N: tl.constexpr = TILE.N
     cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
@@ -118,7 +122,8 @@ def store_sums(
 def draws_of(n_draws, MANY_DRAWS: tl.constexpr):
     """(first draw, end of draws, step, first tile, step of tiles) of this program.
 
-    Every n_programs-th draw with all of its tiles or, of a draw that several programs share, every so many-th tile.
+    With MANY_DRAWS it takes all tiles of every n-th draw, where n is the number of programs. Otherwise k programs share
+    a draw, and each takes every k-th tile of it.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     if MANY_DRAWS:

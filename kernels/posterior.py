@@ -6,9 +6,9 @@ import triton.language as tl
 from .noise import SCALE_STREAM, SHIFT_STREAM, normals
 from .rows import among_all, as_int64, in_group, load_parameter
 
-FLOOR = tl.constexpr(1e-3)  # of the deterministic reading, see klnorm/reference/kl_norm.py
-# The least variance of a shift in backward: keeps the derivative of sqrt(scale_var * xhat^2 + shift_var) finite without
-# a test per element; the least normal number changes no deviation above 1e-19.
+FLOOR = tl.constexpr(1e-3)  # under weight / prior_std in the deterministic reading, see klnorm/reference/kl_norm.py
+# The least variance of a shift in backward. It keeps the derivative of sqrt(scale_var * xhat^2 + shift_var) finite
+# without a test per element. As the least normal number of fp32 it changes no deviation above 1e-19.
 LEAST_VARIANCE = tl.constexpr(2.0**-126)
 
 # Below this rho, softplus(rho) = exp(rho) to the last bit of fp64, and its logarithm is rho itself.
@@ -83,7 +83,8 @@ def load_prior(ptr, cols, mask, number, MODE: tl.constexpr, N: tl.constexpr, ACC
 def store_kl(kl_ptr, parameters, weight_prior, bias_prior, prior_std, MODE: tl.constexpr, TILE: tl.constexpr):
     """KL divergence of the N scales and shifts of this program's group, summed in a fixed order.
 
-    Without deviations, in the deterministic reading. A quarter of a tile at a time, for fewer registers than rows take.
+    Parameters without deviations are of the deterministic reading. The features come by a quarter of a tile, so that
+    this program takes no more registers than those with rows.
     """
     ACC: tl.constexpr = kl_ptr.dtype.element_ty
     BLOCK: tl.constexpr = TILE.BLOCK_N if TILE.BLOCK_M >= 4 else TILE.BLOCK_M * TILE.BLOCK_N // 4
@@ -122,10 +123,10 @@ def _sample(
 
 @triton.jit
 def prepared_at(draw, n_draws, parameters, MODE: tl.constexpr, N: tl.constexpr):
-    """(where what is prepared for a draw begins, distance from scale to variance of the scale).
+    """(offset of a draw in the prepared numbers, distance there from the scale to its variance).
 
-    Prepared is (groups * n_draws, 2, N): scale and shift of draws that rows share; where every row has a draw of its
-    own, their means and then their variances, (groups, 4, N). Without a shift half of that.
+    Prepared numbers are (groups * n_draws, 2, N): scale and shift of every draw that rows share. Where every row has a
+    draw of its own they are (groups, 4, N): two means, then two variances. Without a shift there is half of that.
     """
     HALF: tl.constexpr = N if parameters.bias is None else 2 * N
     WHOLE: tl.constexpr = 2 * HALF if MODE.NOISE == "merged" else HALF
@@ -174,7 +175,7 @@ def load_variances(
         start, half = prepared_at(0, 1, parameters, MODE, TILE.N)
         scale = load_parameter(prepared_ptr + start + half, cols, mask, ACC)
         if parameters.bias is not None:
-            shift = tl.load(prepared_ptr + start + half + TILE.N + cols, mask, other=1.0)  # never 0: its root divides
+            shift = tl.load(prepared_ptr + start + half + TILE.N + cols, mask, other=1.0)  # 0 would be divided by
     else:
         own = in_group(cols, MODE, TILE.N)
         std = softplus(load_parameter(parameters.weight_rho, own, mask, ACC))

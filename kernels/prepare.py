@@ -1,4 +1,4 @@
-"""What rows need of the parameters, made once for all of them, in the dtype that rows are computed in."""
+"""Scale and shift, or their means and variances, made once for all rows, in the dtype that rows are computed in."""
 
 import triton
 import triton.language as tl
@@ -13,9 +13,9 @@ def prepare_kernel(
     parameters, seed, prepared_ptr, n_draws, rows_per_draw, all_draws, all_inner,
     LEAST: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N features of one draw, or of a group whose rows share none; prepared: see `prepared_at`.
+    """A program owns BLOCK_N features of one draw, or of one group where every row has a draw of its own.
 
-    LEAST: of a shift's variance.
+    `prepared_at` says what is stored where. LEAST: the least variance of a shift.
     """
     ACC: tl.constexpr = prepared_ptr.dtype.element_ty
     PIECES: tl.constexpr = (TILE.N + TILE.BLOCK_N - 1) // TILE.BLOCK_N

@@ -30,7 +30,10 @@ class Mode(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows of N features, all aligned to VEC elements, in tiles of BLOCK_M x BLOCK_N; loops prefetch in STAGES."""
+    """Tiles of BLOCK_M rows x BLOCK_N features. Rows have N features and start at multiples of VEC elements.
+
+    Loops over tiles or pieces load ahead in a pipeline of STAGES.
+    """
 
     N: int
     VEC: int
@@ -75,19 +78,19 @@ def in_group(cols, MODE: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def as_int64(number):
-    """A number, also one of Python's, which loops count in when Triton interprets."""
+    """A number as int64, also one of Python's: such are the counters of loops in Triton's interpreter."""
     return tl.full((), 0, tl.int64) + number
 
 
 @triton.jit
 def tiles_of(rows_per_draw, BLOCK_M: tl.constexpr):
-    """Tiles of a draw, which has a row; `tl.cdiv` would overflow just below 2^31 rows."""
+    """How many tiles the rows of a draw take, one at least; `tl.cdiv` would overflow just below 2^31 rows."""
     return (rows_per_draw - 1) // BLOCK_M + 1
 
 
 @triton.jit
 def rows_of(tile, draw, n_draws, inner, rows_per_draw, MODE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(rows [BLOCK_M, 1], their mask) of a tile of `draw`, whose k-th row is that with (row // inner) % n_draws."""
+    """(rows [BLOCK_M, 1], their mask) of a tile of `draw`, which has the rows with (row // inner) % n_draws == draw."""
     k = as_int64(tile) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     mask = k < rows_per_draw
     if MODE.ORDER == "rows":
@@ -148,5 +151,5 @@ def load_tile(ptr, row, stride, cols, mask, TILE: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def store_tile(ptr, row, cols, value, mask, TILE: tl.constexpr):
-    """Into contiguous rows, in their dtype."""
+    """Store a tile into contiguous rows, rounded to their dtype."""
     tl.store(tile_at(ptr, row, TILE.N // TILE.VEC, cols, TILE), value.to(ptr.dtype.element_ty), mask)

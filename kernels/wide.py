@@ -1,6 +1,7 @@
-"""Rows too wide for registers, in pieces of BLOCK_N features: read twice where a program needs all of a row.
+"""Kernels for rows too wide for registers, which they take in pieces of BLOCK_N features.
 
-The second time they come from L2. Column sums are a kernel of their own, which streams through pieces of columns.
+A kernel that needs the whole row reads it twice, the second time from L2. Column sums have a kernel of their own,
+whose programs stay in one piece each.
 """
 
 import triton
@@ -76,7 +77,7 @@ def forward_wide_kernel(
     store_statistics(statistics_ptr, mean, rstd, row, row_mask, MODE)
     k0, k1 = load_key(seed)
     if residual_ptr is not None:
-        tl.debug_barrier()  # threads may load below what others have stored
+        tl.debug_barrier()  # below, threads load what other threads have stored
     for first_col in tl.range(0, TILE.N, TILE.BLOCK_N, num_stages=TILE.STAGES):
         cols = first_col + tl.arange(0, TILE.BLOCK_N)[None, :]
         mask = row_mask & (cols < TILE.N)
@@ -115,7 +116,7 @@ def dx_wide_kernel(
     x_stride, dy_stride, dsum_stride, n_draws, inner, rows_per_draw, all_draws, all_inner,
     MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dx, and dresidual or None, of rows of any width: the sums along them first. Program i owns tile i."""
+    """dx, and dresidual or None, of rows of any width: first the sums along a row, then dx. Program i owns tile i."""
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     row, row_mask, draw, first_draw = rows_at(
         tl.program_id(0), n_draws, inner, rows_per_draw, all_draws, all_inner, MODE, TILE
@@ -149,7 +150,7 @@ def sums_wide_kernel(
     x_stride, dy_stride, n_draws, inner, rows_per_draw, all_draws, all_inner,
     MANY_DRAWS: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of BLOCK_N features, the program_id(2)-th such piece; programs and their rows: see `draws_of`."""
+    """Column sums of the program_id(2)-th piece of BLOCK_N features; `draws_of` says which rows a program owns."""
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     HAS_BIAS: tl.constexpr = parameters.bias is not None
     first_col = tl.program_id(2) * TILE.BLOCK_N

@@ -8,7 +8,7 @@ from . import functional, reference  # noqa: E402
 from .choice import last_norms  # noqa: E402
 from .conditional import KLConditionalLayerNorm  # noqa: E402
 from .kl import kl_divergence, kl_layers  # noqa: E402
-from .modules import KLLayerNorm, KLRMSNorm  # noqa: E402
+from .layers import KLLayerNorm, KLRMSNorm  # noqa: E402
 from .plots import plot_summary  # noqa: E402
 from .predict import mc_predict, sampling  # noqa: E402
 from .replace import (  # noqa: E402

@@ -5,10 +5,9 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import checks, foreign
+from . import checks, compat, foreign
 from .foreign import Convention, KLForeignLayerNorm, KLForeignRMSNorm
-from .modules import KLLayerNorm, KLRMSNorm
-from .posterior import KLNorm
+from .layers import KLLayerNorm, KLNorm, KLRMSNorm
 
 
 class Candidate(NamedTuple):
@@ -110,7 +109,7 @@ def check_uncovered(name, module, refuse):
     """`refuse` a module with something put over its class."""
     if parametrize.is_parametrized(module):
         refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
-    if "forward" in vars(module):
+    if compat.has_forward_of_its_own(module):
         what = "has a forward that accelerate or another library put into it"
         refuse(name, what, "replace or restore first, or undo that and `del layer.forward`")
 

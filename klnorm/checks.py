@@ -6,19 +6,18 @@ Here what is no tensor; see `klnorm.inputs` for the tensors of a call.
 import math
 from collections.abc import Iterable, Mapping, Set
 from numbers import Integral, Real
+from typing import Literal, get_args
 
 import torch
 
-NOISES = "batch", "sample", "token"
-POSTERIORS = "sampled", "deterministic"
+Noise = Literal["batch", "sample", "token"]
+Posterior = Literal["sampled", "deterministic"]
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOAT_NAMES = ", ".join(map(str, FLOATS))
 _MAX_INT = (1 << 63) - 1  # of int64
 # The largest number of a dtype, and the smallest that arithmetic on it, in fp32 or fp64, has with all digits.
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATS}
 _SMALLEST = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).tiny for dtype in FLOATS}
-# torch.autograd.Function asks the same; where a version of torch lacks it, torch's own error refuses the transforms.
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", bool)
 
 
 def as_number(name, value, *, above=None, at_least=None, dtype=torch.float32, instead=""):
@@ -121,12 +120,12 @@ def check_config(prior_std, eps, noise):
 
 def check_noise(noise):
     """Raise unless `noise` says which rows share a draw."""
-    check_name("noise", noise, NOISES, ": the rows that share a draw")
+    check_name("noise", noise, get_args(Noise), ": the rows that share a draw")
 
 
 def check_posterior(posterior):
     """Raise unless `posterior` names a reading of KL-Norm."""
-    check_name("posterior", posterior, POSTERIORS)
+    check_name("posterior", posterior, get_args(Posterior))
 
 
 def check_dtype(dtype):
@@ -166,26 +165,6 @@ def describe_not_finite(named_tensors):
         if bad is not None and len(bad):
             found.append(f"{name} has {len(bad)} such value(s), the first at index {bad[0].item()}")
     return "; ".join(found) or "every parameter and prior mean is finite, so a squared deviation or distance overflowed"
-
-
-def transforming():
-    """Whether a transform of torch.func (grad, vmap, ...) runs, outside of torch.compile."""
-    return not torch.compiler.is_compiling() and _transforms_active()
-
-
-def in_backward():
-    """Whether a backward pass runs, outside of torch.compile: a forward is then one that checkpointing repeats."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def is_readable(tensor):
-    """Whether the value can be looked at now: not traced, transformed, captured into a CUDA graph, or absent."""
-    return (
-        type(tensor) is torch.Tensor
-        and tensor.device.type != "meta"
-        and not (torch.compiler.is_compiling() or _transforms_active())
-        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
 
 
 def named(name):

@@ -2,6 +2,9 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
+
+from torch import nn
 
 from . import checks
 from .candidates import LAYER_NORMS, RMS_NORMS
@@ -30,7 +33,7 @@ class last_norms:
         ['1']
     """
 
-    def __init__(self, k, *, filter_fn=None):
+    def __init__(self, k: int, *, filter_fn: Callable[[nn.Module, str], bool] | None = None):
         checks.check_count("k", k)
         if isinstance(filter_fn, last_norms):
             raise TypeError(
@@ -53,6 +56,9 @@ class last_norms:
                 f"can be replaced{of_filter}. Remedy: a smaller k, or no filter_fn for all."
             )
         return candidates[-self.k :]
+
+
+Filter = Callable[[nn.Module, str], bool] | last_norms
 
 
 def choose(found, filter_fn):

@@ -2,20 +2,25 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checks, inputs
+from . import checks, compat, inputs
+from .compat import is_sharded
 from .functional import Settings, normalize
-from .posterior import KLNorm, _nothing
-from .reference.kl_norm import accumulation_dtype
-from .sharded import is_sharded
+from .layers import KLNorm
+from .reference.kl_norm import accumulation_dtype, residual_sum
 from .spec import Parameters
 
 # U V is 0 at first, and V like the weight of an nn.Linear.
-_LOW_RANK = {"condition_down": functools.partial(nn.init.kaiming_uniform_, a=5**0.5), "condition_up": nn.init.zeros_}
+_LOW_RANK: dict[str, Callable] = {
+    "condition_down": functools.partial(nn.init.kaiming_uniform_, a=5**0.5),
+    "condition_up": nn.init.zeros_,
+}
 
 
 class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
@@ -53,8 +58,9 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 
     Shape:
         Input (..., \*normalized_shape), fp16, bf16, fp32 or fp64, of 1 to 65535 samples with any number of rows; one of
-        exactly `normalized_shape` is a sample. Output the same, in the input's dtype. Backward saves x and no other
-        tensor of its size; the parameters of the samples are 4 N numbers for each, little where it has many rows.
+        exactly `normalized_shape` is a sample. Output the same, in the input's dtype or `out_dtype`; with a residual,
+        that and the sum. Backward saves x and no other tensor of its size; the parameters of the samples are 4 N
+        numbers for each, little where it has many rows.
 
     Parameters:
         weight, bias, weight_rho, bias_rho: as for `KLLayerNorm`.
@@ -84,21 +90,21 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape,
-        condition="self",
-        rank=4,
-        eps=1e-5,
-        bias=True,
-        device=None,
-        dtype=None,
+        normalized_shape: int | Sequence[int],
+        condition: Literal["self"] | int = "self",
+        rank: int = 4,
+        eps: float = 1e-5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
-        noise="sample",
-        sample_dim=0,
-        init_std=0.05,
-        prior_std=0.1,
-        generator=None,
-        out_dtype=None,
-    ):
+        noise: checks.Noise = "sample",
+        sample_dim: int = 0,
+        init_std: float = 0.05,
+        prior_std: float = 0.1,
+        generator: torch.Generator | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
         if isinstance(condition, str):
             checks.check_name("condition", condition, ("self",), " or an int, the width of a tensor")
         else:
@@ -114,32 +120,35 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         )  # fmt: skip
         self.condition, self.rank = condition, rank
         self._last_condition = _LastCondition()
-        n, like = self.weight.numel(), {"device": device, "dtype": dtype}
+        n = self.weight.numel()
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.condition_down = nn.Parameter(torch.empty(rank, n if condition == "self" else condition, **like))
         self.condition_up = nn.Parameter(torch.empty(4 if bias else 2, rank, n, **like))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """As of KLLayerNorm; and the low-rank part as in a new layer."""
         super().reset_parameters()
         if "condition_up" in self._parameters:  # nn.LayerNorm's own constructor calls this before they exist
             for name, initialize in _LOW_RANK.items():
                 initialize(getattr(self, name))
 
-    @KLNorm._is_hf_initialized.setter
-    def _is_hf_initialized(self, value):
-        KLNorm._is_hf_initialized.fset(self, value)
-        for name, initialize in _LOW_RANK.items():
-            if value and not getattr(getattr(self, name), "_is_hf_initialized", False):
-                initialize(getattr(self, name))
+    def _initializers(self):
+        return {**super()._initializers(), **_LOW_RANK}
 
-    def _guard_shortcut(self, removed=False):
-        """Attach the hook for good: in evaluation, too, this layer is more than its weight and bias."""
-        if self._shortcut_guard is None:
-            self._shortcut_guard = self.register_forward_pre_hook(_nothing)
+    def _guard_shortcut(self):
+        compat.guard_shortcut(self, True)  # in evaluation, too, this layer is more than its weight and bias
 
-    def forward(self, x, condition=None, mask=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        condition: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """y, like `x`: sampled in training mode, with the means of every sample in evaluation mode.
+
+        With a residual (y, x + residual), as from KLLayerNorm; the conditions are those of the sum.
 
         Args:
             x: (..., *normalized_shape).
@@ -147,8 +156,16 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
             mask: for condition="self", bool or integer, in the shape of `x` without its normalized dimensions: True, or
                 not 0, for the rows that the summary is a mean of, like an attention_mask of transformers; None: all.
                 The summary of a sample without such rows is 0. The other rows are normalized all the same.
+            residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), added to it.
         """
         inputs.check_input(x, self.normalized_shape)
+        if residual is not None:
+            inputs.check_residual(residual, x)
+            total = residual_sum(x, residual)
+            return self._normalize(total, condition, mask, self.out_dtype or x.dtype), total
+        return self._normalize(x, condition, mask, self.out_dtype)
+
+    def _normalize(self, x, condition, mask, out_dtype):
         inputs.check_device("weight", self.weight, x)
         dim = inputs.resolve_sample_dim(x, len(self.normalized_shape), self.sample_dim)
         alone = x.dim() == len(self.normalized_shape)
@@ -166,13 +183,13 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
                 _check_absent("mask", mask, self.condition)
                 _check_condition(condition, (samples.shape[0], self.condition), x)
                 c = condition.to(accumulation_dtype(x))
-            y, kl = self._normalize_samples(samples, c, sampling)
+            y, kl = self._normalize_samples(samples, c, sampling, out_dtype)
         if alone:
             y = y.squeeze(0)
         elif dim:
             y = y.movedim(0, dim)
         if sampling:
-            if not checks.in_backward():
+            if not compat.in_backward():
                 self._last_condition.remember(c)
             if not compiling:
                 self._last_kl.remember(kl, self._kl_inputs(), self.prior_std)
@@ -190,7 +207,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
             rows, count = rows.masked_fill(~real[..., None], 0), real.sum(1, keepdim=True).clamp(min=1)
         return rows.sum(1, dtype=accumulation_dtype(samples)) / count
 
-    def _normalize_samples(self, samples, c, sampling):
+    def _normalize_samples(self, samples, c, sampling, out_dtype=None):
         """(y, kl) of samples (samples, ..., *normalized_shape) under the conditions c (samples, C)."""
         static = torch.stack([p.flatten() for p in super().posterior_parameters()]).to(c.dtype)
         low = F.linear(c, self.condition_down.to(c.dtype))
@@ -199,13 +216,13 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         weight, weight_rho, *shift = (p.squeeze(0) for p in each.unflatten(2, self.normalized_shape))
         bias, bias_rho = shift or (None, None)
         parameters = Parameters(weight, bias, weight_rho, bias_rho, self.weight_prior, self.bias_prior)
-        settings = Settings("layer", "sampled", self.noise, 0, self.prior_std, self.eps, self.out_dtype)
+        settings = Settings("layer", "sampled", self.noise, 0, self.prior_std, self.eps, out_dtype)
         y, _, kl = normalize(
             samples, None, self.normalized_shape, parameters, settings, sampling, generator=self.generator
         )
         return y, kl
 
-    def posterior_parameters(self):
+    def posterior_parameters(self) -> list[torch.Tensor]:
         """The parameters of the posteriors: as of KLLayerNorm, then V and U."""
         return [*super().posterior_parameters(), self.condition_down, self.condition_up]
 
@@ -239,7 +256,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
             }
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         parameters = sum(p.numel() for p in self.parameters())
         static = parameters - self.condition_down.numel() - self.condition_up.numel()
         more = [
@@ -266,7 +283,7 @@ class _LastCondition:
         """Keep c, (samples, C), and return what is kept."""
         self.compiled = torch.compiler.is_compiling()
         self.spent = not torch.is_grad_enabled() or (c.requires_grad and not self.compiled)
-        self._condition = None if checks.transforming() else c.clone()  # a transform's tensors do not outlive it
+        self._condition = None if compat.transforming() else c.clone()  # a transform's tensors do not outlive it
         return self._condition
 
     def recall(self):

@@ -3,7 +3,7 @@
 import copy
 
 from . import checks
-from .posterior import KLNorm
+from .layers import KLNorm
 
 _TENSORS = "_parameters", "_buffers"
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import checks
 from .blocks import LOCK
 from .inputs import resolve_sample_dim
-from .posterior import KLNorm
+from .layers import KLNorm
 from .reference.kl_norm import draw_layout
 
 

@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from . import checks
-from .sharded import is_sharded, whole
+from .compat import is_sharded, whole
 
 _REMEDY = "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."
 
@@ -68,7 +68,7 @@ class _Copy:
         return self._host.numpy().tolist()
 
 
-_sent = weakref.WeakKeyDictionary()  # model -> _Copy
+_sent: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _Copy
 
 
 def _explain(layers, found=""):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, inputs, ops, seeds
+from . import checks, compat, inputs, ops, seeds
 from .reference.kl_norm import accumulation_dtype, draw_layout
 from .spec import Parameters, Prior, Rows, dtypes_of, make_spec
 
@@ -206,7 +206,7 @@ def _check_and_normalize(x, residual, normalized_shape, parameters, priors, opti
     return (y, kl) if residual is None else (y, sum_, kl)
 
 
-_known = {}  # calls that have been checked -> their Spec
+_known: dict = {}  # calls that have been checked -> their Spec
 _KNOWN_CALLS = 4096
 
 
@@ -216,7 +216,7 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
     On small inputs the host is what takes the time, so a call that differs in values alone from an earlier one is not
     checked again.
     """
-    if ops.is_watched() or not (seed is None or ops.are_plain(seed)):
+    if compat.is_watched() or not (seed is None or compat.are_plain(seed)):
         return _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator)
     tensors = x, residual, *parameters
     try:
@@ -226,7 +226,7 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
     except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or nothing that can be looked up
         call = spec = None
     if spec is None:
-        if call is None or not ops.are_plain(*tensors):
+        if call is None or not compat.are_plain(*tensors):
             return _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator)
         prior, eps, rows = _check_call(x, residual, shape, parameters, settings, sample)
         spec = make_spec(
@@ -326,7 +326,7 @@ def _seed_tensor(x, seed, generator):
 
 def _check_finite(kl, parameters):
     """Raise for a KL divergence that is not finite, where looking at it costs nothing."""
-    if kl.device.type == "cpu" and checks.is_readable(kl) and not kl.detach().isfinite().all():
+    if kl.device.type == "cpu" and compat.is_readable(kl) and not kl.detach().isfinite().all():
         raise ValueError(
             f"the KL divergence is {kl.tolist()}: {checks.describe_not_finite(parameters._asdict().items())}. "
             "Remedy: look for a diverged step or a bad checkpoint; a lower learning rate for rho often helps."

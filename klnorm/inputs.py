@@ -2,7 +2,7 @@
 
 import torch
 
-from . import checks
+from . import checks, compat
 
 _MAX_ROWS = 1 << 32  # the draw is a 32-bit word of the counter
 _MAX_GROUPS = 65535  # the second dimension of a CUDA grid
@@ -196,7 +196,7 @@ def check_generator(generator, x):
 def check_drawn_from(generator, x):
     """Raise unless a seed for `x` can be drawn from `generator`: not in a forward that is a repeat."""
     check_generator(generator, x)
-    if generator is not None and checks.in_backward():
+    if generator is not None and compat.in_backward():
         raise ValueError(
             "generator is one of your own in a forward that activation checkpointing repeats, expected None: only the "
             "noise of torch's own generators is replayed, so the gradients would be those of other noise. "

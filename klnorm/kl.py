@@ -1,11 +1,13 @@
 """The KL divergence of a model: once per layer, from its last forward where that is still there."""
 
+import functools
 import weakref
 
 import torch
+from torch import nn
 
-from . import checks, covered, finite
-from .sharded import is_sharded, whole
+from . import checks, compat, finite
+from .compat import is_sharded, whole
 
 
 class LastKL:
@@ -27,10 +29,10 @@ class LastKL:
     def remember(self, kl, inputs, prior_std):
         """Hold `kl`, an output of a Function of `klnorm.ops`, computed from `inputs`, outside of torch.compile."""
         node = kl.grad_fn
-        if node is None or checks.transforming():
+        if node is None or compat.transforming():
             return
         node.last_kl = self._self  # weakly, as this holds the node
-        self._kl, self._prior_std, self._repeated = kl, prior_std, checks.in_backward()
+        self._kl, self._prior_std, self._repeated = kl, prior_std, compat.in_backward()
         self._inputs, self._states = inputs, _states(inputs)
 
     def take(self, inputs, prior_std):
@@ -61,7 +63,7 @@ def _states(tensors):
     return [(t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
 
 
-def kl_divergence(model, *, check_finite=None):
+def kl_divergence(model: nn.Module, *, check_finite: bool | None = None) -> torch.Tensor:
     """KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
     Taken from each layer's last forward in training mode where that is still at hand, at the cost of two small kernels
@@ -112,10 +114,10 @@ def kl_divergence(model, *, check_finite=None):
     names, parts = list(taken), [*taken.values(), *closed_form(others)]
     parts = [whole(part) for part in parts]
     parts = [part.to(parts[0].device) for part in parts]
-    if torch.compiler.is_compiling() or checks.transforming():
+    if torch.compiler.is_compiling() or compat.transforming():
         return torch.stack(parts).sum()
     total, values = _Total.apply(*parts)
-    if check_finite is not False and checks.is_readable(total):
+    if check_finite is not False and compat.is_readable(total):
         if check_finite is None and finite.is_far(total):
             finite.check_later(model, layers, names, values)
         else:
@@ -127,18 +129,18 @@ def _take_all(layers):
     """({name: KL divergence} of the layers whose last forward is at hand, the terms of all others)."""
     taken, others = {}, []
     for name, layer in layers.items():
-        is_covered = "forward" in layer.__dict__  # by accelerate or another library
-        if is_covered:
-            covered.check_not_offloaded(name, layer)
+        covered = compat.has_forward_of_its_own(layer)
+        if covered:
+            compat.check_not_offloaded(name, layer)
         kl = layer._take_kl()
         if kl is not None:  # so its own forward ran
             taken[name] = kl
             continue
-        if is_covered:
-            covered.check_forward(name, layer)
+        if covered:
+            compat.check_samples(name, layer)
         others += layer.kl_terms()
     if others:
-        covered.check_not_split(layers)
+        compat.check_not_split(layers)
     return taken, others
 
 
@@ -162,7 +164,7 @@ class _Total(torch.autograd.Function):
         return (dtotal,) * ctx.count
 
 
-def kl_layers(model):
+def kl_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The KL layers of `model` that take part in its forward, by qualified name.
 
     A layer that is used or registered more than once is there once, under its first name. Where PEFT keeps a copy of a
@@ -219,31 +221,10 @@ def _modules_in_use(model):
             seen.add(module)
             yield name, module
             prefix = f"{name}." if name else ""
-            ahead += [(prefix + child_name, child) for child_name, child in reversed(_children_in_use(module))]
-
-
-def _children_in_use(module):
-    children = [(name, child) for name, child in module._modules.items() if child is not None]
-    if not hasattr(type(module), "adapter_layer_names"):
-        return children
-    copies = _active_copies(module)
-    if any(_is_kl_layer(m) for _, copy in copies for m in copy.modules()):
-        return copies
-    return [(name, child) for name, child in children if name not in module.adapter_layer_names]
-
-
-def _active_copies(wrapper):
-    """(name, module) of what PEFT puts in the place of the layer that it has wrapped."""
-    if wrapper.disable_adapters or wrapper.merged_adapters:  # a merged copy has changed places with the base layer
-        return []
-    by_adapter = [(name, wrapper._modules.get(name)) for name in wrapper.adapter_layer_names]
-    return [
-        (f"{name}.{adapter}", copies[adapter])
-        for name, copies in by_adapter
-        if isinstance(copies, torch.nn.ModuleDict)
-        for adapter in wrapper.active_adapters
-        if adapter in copies
-    ]
+            ahead += [
+                (prefix + child_name, child)
+                for child_name, child in reversed(compat.children_in_use(module, _is_kl_layer))
+            ]
 
 
 def closed_form(terms):
@@ -270,15 +251,9 @@ def closed_form(terms):
 def _sum_alike(divergence, parameters, priors, prior_std):
     """The sum over all elements; `parameters`: for every argument of `divergence` the tensors of all terms."""
     mean = parameters[0][0]
-    if not is_sharded(mean):
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        columns = [torch.cat([t.flatten() for t in tensors]).to(dtype) for tensors in (*parameters, priors)]
-        return divergence(*columns, prior_std).sum()
-    from torch.distributed.tensor import DTensor, Partial, distribute_tensor
-
-    mesh, placements = mean.device_mesh, mean.placements
-    # Every rank has all of a prior: nothing is sent.
-    local_priors = [distribute_tensor(prior, mesh, placements, src_data_rank=None).to_local() for prior in priors]
-    local = _sum_alike(divergence, [[t.to_local() for t in ts] for ts in parameters], local_priors, prior_std)
-    of_sum = [Partial() if placement.is_shard() else placement for placement in placements]
-    return DTensor.from_local(local, mesh, of_sum, run_check=False)
+    if is_sharded(mean):
+        total = functools.partial(_sum_alike, divergence, prior_std=prior_std)
+        return compat.sum_over_shards(total, mean, parameters, priors)
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    columns = [torch.cat([t.flatten() for t in tensors]).to(dtype) for tensors in (*parameters, priors)]
+    return divergence(*columns, prior_std).sum()

@@ -22,7 +22,7 @@ from .kernels.posterior import LEAST_VARIANCE
 from .kernels.prepare import prepare_kernel
 from .kernels.rows import Mode, Tile
 from .kernels.wide import dx_wide_kernel, forward_wide_kernel, sums_wide_kernel
-from .spec import Parameters, dtypes_of
+from .spec import Parameters, dtypes_of, empty_like
 from .versions import reaches
 
 # Versions whose compiled kernels can be launched directly, as was tried out; see `Call.launch`.
@@ -127,7 +127,7 @@ def forward(x, residual, parameters, seed, spec):
     operands, vec, strides = _access(spec.n_cols, (x, residual))
     plan = forward_plan(spec, _target(x.device), vec, strides)
     parameters = _contiguous(parameters)
-    y, sum_ = _empty_like(x, spec.out_dtype), None if residual is None else _empty_like(residual)
+    y, sum_ = empty_like(x, spec.out_dtype), empty_like(residual)
     statistics = torch.empty(plan.statistics, dtype=plan.dtype, device=x.device)
     kl = statistics.new_empty(plan.kl)
     prepared = _prepared(plan, parameters, seed, statistics)
@@ -148,7 +148,7 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
     dx = dresidual = None
     if dy is not None:
         x_dtype = spec.dtypes[0]
-        dx, dresidual = _empty_like(z, x_dtype), None if x_dtype == z.dtype else _empty_like(z)
+        dx, dresidual = empty_like(z, x_dtype), None if x_dtype == z.dtype else empty_like(z)
     if plan.rows is not None:
         inputs = (*operands, statistics, _prepared(plan, parameters, seed, statistics))
         if plan.sums is None:
@@ -289,10 +289,6 @@ def _mode(spec, target):
 
 def _tile(spec, shape, vec=1):
     return Tile(spec.n_cols, vec, shape.block_m, shape.block_n, shape.num_stages)
-
-
-def _empty_like(tensor, dtype=None):
-    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _access(n_cols, operands):

@@ -28,8 +28,8 @@ import functools
 
 import torch
 
-from . import cpu
-from .spec import Parameters, Prior, Rows, Spec, dtypes_of, make_spec
+from . import compat, cpu
+from .spec import Parameters, Prior, Rows, Spec, dtypes_of, empty_like, make_spec
 from .versions import require_triton
 
 _ARGUMENTS = """
@@ -105,50 +105,21 @@ def _filled(outputs, like):
     return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
 
-def _empty_like(tensor, dtype=None):
-    """Contiguous, of its own dtype or another; None for None."""
-    return None if tensor is None else torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
-
-
 @torch.library.register_fake("klnorm::norm_forward", lib=_library)
 def _forward_fake(x, residual, weight, *args):
     *_, groups, per_head, rms, dtype = args
     n_rows = x.numel() * groups // weight.numel()
     statistics = x.new_empty((n_rows, 1 if rms else 2), dtype=cpu.accumulation_dtype(x))
     kl = statistics.new_empty((groups,) if per_head or groups != 1 else ())
-    return _filled((_empty_like(x, dtype), _empty_like(residual), kl, statistics), x)
+    return _filled((empty_like(x, dtype), empty_like(residual), kl, statistics), x)
 
 
 @torch.library.register_fake("klnorm::norm_backward", lib=_library)
 def _backward_fake(dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, *args):
     dtype = args[-1]
-    dx = None if dy is None else _empty_like(z, dtype)
-    dresidual = None if dy is None or dtype == z.dtype else _empty_like(z)
-    return _filled((dx, dresidual, *map(_empty_like, (weight, bias, weight_rho, bias_rho))), z)
-
-
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-# Private, as nothing public tells; where a version of torch lacks them, every call is the operator's.
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-_active_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
-_has_storage = getattr(torch._C, "_has_storage", lambda tensor: False)
-
-
-def is_watched():
-    """Whether tracing, a transform or a dispatch mode has to see the operators now."""
-    return torch.compiler.is_compiling() or _transforms_active() or _active_modes()
-
-
-def are_plain(*tensors):
-    """Whether torch's dispatcher, which costs more than all else here, would only pass an operator of these on.
-
-    Subclasses of tensors and the meta device have to see it. So have tensors whose memory holds the negative of their
-    values, which the dispatcher turns into plain ones, and those of is_grads_batched=True, which have no memory.
-    """
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t.is_meta or not _has_storage(t)):
-            return False
-    return True
+    dx = None if dy is None else empty_like(z, dtype)
+    dresidual = None if dy is None or dtype == z.dtype else empty_like(z)
+    return _filled((dx, dresidual, *map(empty_like, (weight, bias, weight_rho, bias_rho))), z)
 
 
 def compute(x, residual, parameters, seed, spec):
@@ -160,7 +131,7 @@ def compute(x, residual, parameters, seed, spec):
 
 def compute_watched(x, residual, parameters, seed, numbers):
     """The same of any tensors, by the operators; the seed is a tensor or None."""
-    if _transforms_active() and not torch.compiler.is_compiling():
+    if compat.transforming():
         return TransformableFunction.apply(x, residual, *parameters, seed, numbers)[:3]
     if torch.is_grad_enabled():
         return OperatorFunction.apply(x, residual, *parameters, seed, numbers)[:3]
@@ -257,7 +228,7 @@ def _backward(ctx, dy, dsum, dkl):
 
 def _gradients(dy, dsum, dkl, z, parameters, seed, statistics, work):
     """As the operator's, None for what there is not."""
-    if type(work) is Spec and not is_watched() and are_plain(dy, dsum, dkl):
+    if type(work) is Spec and not compat.is_watched() and compat.are_plain(dy, dsum, dkl):
         return _compute_backward(dy, dsum, dkl, z, Parameters(*parameters), seed, statistics, work)
     seed = torch.tensor([seed], device=z.device) if type(seed) is int else seed
     numbers = work.numbers if type(work) is Spec else work

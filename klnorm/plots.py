@@ -3,17 +3,21 @@
 import itertools
 import math
 import os
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .report import Summary, summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLORS = {"scale": "#8172b3", "shift": "#ccb974"}
 _FEWEST_ROWS, _MOST_LABELS = 3, 100
 _LONGEST_LABEL = 48
 
 
-def plot_summary(source, path=None):
+def plot_summary(source: Summary | nn.Module, path: str | os.PathLike | None = None) -> "Figure":
     """Draw KL, signal to noise and the share fallen back to the prior of every layer, scale and shift apart.
 
     The KL bars of scale and shift stand one on the other, so their length is the layer's KL. Layers keep their order

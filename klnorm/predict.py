@@ -1,19 +1,23 @@
 """Monte Carlo prediction: average over draws of scale and shift."""
 
 import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from . import checks
 from .blocks import Meanwhile, Switch
 from .draws import as_call, batch_of, can_sample, outputs
-from .posterior import KLNorm
+from .layers import KLNorm
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextlib.contextmanager
-def sampling(model):
+def sampling(model: Model) -> Iterator[Model]:
     """Inside the `with` block the KL layers of `model` sample scale and shift in evaluation mode too.
 
     Dropout and the like stay in evaluation mode, so what varies from call to call is the posteriors alone. The
@@ -91,7 +95,15 @@ class Regression(NamedTuple):
 
 
 @torch.no_grad()
-def mc_predict(model, inputs, samples=8, *, likelihood="categorical", class_dim=-1, max_batch=None):
+def mc_predict(
+    model: nn.Module,
+    inputs: torch.Tensor | Sequence | Mapping,
+    samples: int = 8,
+    *,
+    likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical",
+    class_dim: int = -1,
+    max_batch: int | None = None,
+) -> "Prediction | Regression":
     """The model's prediction averaged over draws of scale and shift, and how uncertain it is.
 
     The model runs in evaluation mode inside `klnorm.sampling`; its training flags are put back after. Calls may overlap

@@ -1,12 +1,18 @@
 """Turn the norms of a model into KL layers, and back."""
 
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
 from . import checks
 from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_uncovered, plain_type, refuse
-from .choice import choose, warn_of_others
+from .choice import Filter, choose, warn_of_others
+from .compat import is_sharded
 from .conversion import make_twins, swap
-from .modules import KLRMSNorm
-from .sharded import is_sharded
+from .layers import KLRMSNorm
 
+Model = TypeVar("Model", bound=nn.Module)
 _PRIORS = "current", "standard"
 _EVALUATED = "model.eval(), in which the layer computes the norm of its means"
 _WITHOUT_SHIFT = f"layer.bias = layer.bias_rho = layer.bias_prior = None to do without it, or {_EVALUATED}"
@@ -16,25 +22,25 @@ _WRAPPERS = "DistributedDataParallel", *_FSDP
 
 
 def replace_layer_norm(
-    model,
+    model: Model,
     *,
-    filter_fn=None,
-    prior="current",
-    noise="sample",
-    sample_dim=0,
-    init_std=0.05,
-    prior_std=0.1,
-    generator=None,
-    posterior="sampled",
-    out_dtype=None,
-):
+    filter_fn: Filter | None = None,
+    prior: Literal["current", "standard"] = "current",
+    noise: checks.Noise = "sample",
+    sample_dim: int = 0,
+    init_std: float = 0.05,
+    prior_std: float = 0.1,
+    generator: torch.Generator | None = None,
+    posterior: checks.Posterior = "sampled",
+    out_dtype: torch.dtype | None = None,
+) -> Model:
     """Turn the LayerNorms in `model` into KL layers, in place, whatever library they come from.
 
-    An nn.LayerNorm becomes a `KLLayerNorm`. A class of another library, such as DebertaLayerNorm or CohereLayerNorm in
-    transformers, timm's LayerNorm or apex's FusedLayerNorm, is told by its build (a subclass of nn.LayerNorm; or
-    a parameter `weight`, perhaps a `bias`, and an eps; its forward takes x alone) and by what it computes on a small
-    fp32 input in both modes: LayerNorm of the last dimensions, scaled with weight or 1 + weight. Its layers get a class
-    of their own, a subclass of the one that they had: evaluation mode is the forward of that class, bit for bit.
+    An nn.LayerNorm becomes a `KLLayerNorm`. So does a class of another library, such as DebertaLayerNorm or
+    CohereLayerNorm in transformers, timm's LayerNorm or apex's FusedLayerNorm, if it is a subclass of nn.LayerNorm, or
+    has a parameter `weight`, perhaps a `bias`, and an eps; if its forward takes x alone; and if in both modes it
+    computes, on a small fp32 input, LayerNorm of the last dimensions, scaled with weight or 1 + weight. Its layers get
+    a new class, a subclass of the one that they had: evaluation mode is the forward of that class, bit for bit.
     `weight`, `weight_rho` and `weight_prior` stay in the units of its weight, so that checkpoints fit; in training mode
     the output has the dtype in which that class would answer.
 
@@ -86,18 +92,18 @@ def replace_layer_norm(
 
 
 def replace_rms_norm(
-    model,
+    model: Model,
     *,
-    filter_fn=None,
-    prior="current",
-    noise="sample",
-    sample_dim=0,
-    init_std=0.05,
-    prior_std=0.1,
-    generator=None,
-    posterior="sampled",
-    out_dtype=None,
-):
+    filter_fn: Filter | None = None,
+    prior: Literal["current", "standard"] = "current",
+    noise: checks.Noise = "sample",
+    sample_dim: int = 0,
+    init_std: float = 0.05,
+    prior_std: float = 0.1,
+    generator: torch.Generator | None = None,
+    posterior: checks.Posterior = "sampled",
+    out_dtype: torch.dtype | None = None,
+) -> Model:
     """Turn the RMSNorms in `model` into KL layers, in place, whatever library they come from.
 
     `replace_layer_norm` for RMSNorm without a shift: what is said there holds here too. An nn.RMSNorm becomes a
@@ -157,7 +163,7 @@ def _replace(model, norms, filter_fn, options):
     return model
 
 
-def restore_layer_norm(model):
+def restore_layer_norm(model: Model) -> Model:
     """Turn every KL layer that stands for a LayerNorm back into the class that it had, with the posterior means, in
     place. A `KLLayerNorm` becomes an nn.LayerNorm.
 
@@ -183,7 +189,7 @@ def restore_layer_norm(model):
     return _restore(model, LAYER_NORMS)
 
 
-def restore_rms_norm(model):
+def restore_rms_norm(model: Model) -> Model:
     """Turn every KL layer that stands for an RMSNorm back into the class that it had, in place; see
     `restore_layer_norm`.
 

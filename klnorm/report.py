@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from . import checks, covered
+from . import checks, compat
+from .compat import whole
 from .kl import some_kl_layers
 from .reference.kl_norm import kl_deterministic, kl_normal, softplus
-from .sharded import whole
 
 _MEANS = {"scale": "weight", "shift": "bias"}
 _TINY = 1e-30  # a ratio to a deviation that underflows is to be a number in fp32 too, as TensorBoard keeps fp32
@@ -45,7 +46,7 @@ class Row:
     shift: Part | None
 
     @property
-    def kl(self):
+    def kl(self) -> float:
         """KL divergence of scales and shifts together, in nats."""
         return self.scale.kl + (0.0 if self.shift is None else self.shift.kl)
 
@@ -64,7 +65,7 @@ class Summary:
     total: Row
     threshold: float
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, float]:
         """Flat dict of finite floats, for TensorBoard or W&B.
 
         The keys are "klnorm/<layer>/<value>", and "klnorm/<value>" for all layers together. <value> is "kl", and for
@@ -80,7 +81,7 @@ class Summary:
                     values[f"{prefix}{part_name}_{key}"] = getattr(part, key)
         return values
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         names = ["", "layer", *(name or "(the model)" for name in self.layers), "total"]
         rows = [_cells(row) for row in [*self.layers.values(), self.total]]
         table = [["features", *(title for titles in _COLUMNS.values() for title in titles)], *rows]
@@ -114,7 +115,7 @@ def _nats(kl):
     return f"{round(kl, 2) + 0.0:,.2f}"  # + 0.0: not "-0.00", to which the floor of the deterministic reading can lead
 
 
-def summary(model, *, threshold=0.01):
+def summary(model: nn.Module, *, threshold: float = 0.01) -> Summary:
     """What training has made of the posteriors: a table of the KL layers, scale and shift apart.
 
     ::
@@ -218,7 +219,7 @@ def _tensors(name, layer, part):
     tensors = layer.posterior_and_prior()._asdict()
     tensors = {key: tensors[key] for key in keys if tensors[key] is not None}
     for key, tensor in tensors.items():
-        covered.check_not_absent(name, layer, key, tensor)
+        compat.check_not_absent(name, layer, key, tensor)
     return {key: whole(tensor) for key, tensor in tensors.items()}
 
 

@@ -124,3 +124,10 @@ def make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes, out_dtype=None,
 def dtypes_of(*tensors):
     """As a Spec has them."""
     return tuple([None if t is None else t.dtype for t in tensors])
+
+
+def empty_like(tensor, dtype=None):
+    """Contiguous, of its own dtype or another; None for None."""
+    if tensor is None:
+        return None
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)

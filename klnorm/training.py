@@ -1,18 +1,22 @@
 """What a training loop needs beside the model: parameter groups for the optimizer, and the weight of the KL."""
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import checks
 from .kl import kl_divergence, kl_layers
-from .posterior import KLNorm
+from .layers import KLNorm
 
 _NORMS = KLNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 
 
-def param_groups(model, lr, *, rho_lr=1e-2, weight_decay=0.01):
+def param_groups(
+    model: nn.Module, lr: float, *, rho_lr: float = 1e-2, weight_decay: float = 0.01
+) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer: the deviations of klnorm layers need a rate of their own.
 
     At most three groups, in this order, each with its "name"; every trainable parameter is in exactly one:
@@ -130,7 +134,17 @@ class KLWeight:
         0.0625
     """
 
-    def __init__(self, *, num_examples=None, per_parameter=None, warmup_steps=0, max_weight=1.0, device=None):
+    value: float
+
+    def __init__(
+        self,
+        *,
+        num_examples: int | None = None,
+        per_parameter: nn.Module | None = None,
+        warmup_steps: int = 0,
+        max_weight: float = 1.0,
+        device: torch.device | str | None = None,
+    ):
         if (num_examples is None) == (per_parameter is None):
             raise ValueError(
                 f"{'neither' if num_examples is None else 'both'} of num_examples and per_parameter given, expected "
@@ -143,7 +157,8 @@ class KLWeight:
         max_weight = checks.as_number("max_weight", max_weight, at_least=0)
         divisor = _count_random(per_parameter) if num_examples is None else num_examples
         self._full, self._warmup_steps = max_weight / divisor, warmup_steps
-        self._factors, self.value = {}, None
+        self._factors: dict[torch.device, torch.Tensor] = {}
+        self.value = math.nan  # as yet
         self._set_steps(0)
         for place in "cpu", "cpu" if device is None else device:
             self._factor(torch.empty(0, device=place).device)
@@ -170,21 +185,21 @@ class KLWeight:
                 factor = self._factors[device] = torch.full((), self.value, dtype=torch.float64, device=device)
         return factor
 
-    def __call__(self, model, *, check_finite=None):
+    def __call__(self, model: nn.Module, *, check_finite: bool | None = None) -> torch.Tensor:
         """The term to add to the loss: `value` times `klnorm.kl_divergence(model, check_finite=check_finite)`."""
         kl = kl_divergence(model, check_finite=check_finite)
         # A copy, so that `step` may change the value before a backward that still needs it.
         return kl * self._factor(kl.device).to(kl.device, kl.dtype, copy=True)
 
-    def step(self):
+    def step(self) -> None:
         """Count an optimizer step."""
         self._set_steps(self.steps + 1)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, int]:
         """What `load_state_dict` needs to resume: the steps so far. All else comes from the constructor again."""
         return {"steps": self.steps}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Resume from what `state_dict` returned."""
         if not isinstance(state_dict, Mapping) or state_dict.keys() != {"steps"}:
             raise ValueError(

@@ -9,12 +9,14 @@ from typing import NamedTuple
 REGISTER_WIDTH = 8192  # widest row kept whole in registers
 REGISTER_WIDTH_FP64 = 2048
 
-PREPARED_ELEMENTS = 1 << 20  # from more on, parameters are prepared by a kernel of their own
-PREPARED_ROWS = 4  # of a draw at least: what is prepared takes no more memory than rows of 16 bits
+# A separate kernel prepares the parameters of an input with more elements than this, and with at least so many rows a
+# draw: what it writes then takes no more memory than the rows do in 16 bits.
+PREPARED_ELEMENTS = 1 << 20
+PREPARED_ROWS = 4
 
-PREFETCHED_BYTES = 16 << 10  # of a row that is prefetched two ahead
+PREFETCHED_BYTES = 16 << 10  # rows up to this size are prefetched two ahead, longer ones one ahead
 
-PARTIAL_BYTES = 32 << 20  # of partial sums that a backward may take in any case; else a quarter of its input
+PARTIAL_BYTES = 32 << 20  # a backward may write partial sums of this size, or of a quarter of its input if that is more
 
 
 class Shape(NamedTuple):
@@ -40,9 +42,9 @@ def is_wide(n_cols, itemsize):
 
 
 def prepares(rows, n_cols):
-    """Whether a kernel of its own prepares the parameters of `Rows`, instead of every program of rows.
+    """Whether a separate kernel prepares the parameters, instead of every program for its own rows.
 
-    A launch more costs the host 10 us and the device 2.5, which small work does not repay.
+    That launch costs the host 10 us and the device 2.5 us, which small work does not repay.
     """
     draws, _ = rows.in_group
     return (
@@ -56,7 +58,7 @@ def prepare_shape(n_cols):
 
 @functools.lru_cache(1024)
 def forward_shape(n_cols, itemsize):
-    """32 features a thread; wide rows in pieces, of which a thread has 8 or 16."""
+    """A thread has 32 features of a row; of wide rows, which are read in pieces, 8 or 16 of a piece."""
     block_n, size = _block(n_cols), max(1, itemsize // 4)
     if is_wide(n_cols, itemsize):
         return Shape(1, 4096 // size, 8)
@@ -67,11 +69,11 @@ def forward_shape(n_cols, itemsize):
 
 @functools.lru_cache(1024)
 def backward_shape(n_cols, itemsize, merged):
-    """For rows kept whole; `merged`: every row has noise of its own, whose backward takes four sums a feature.
+    """Shape for rows that registers hold whole; `merged`: every row has its own noise, and a feature four sums.
 
-    Programs are as many as fit in registers, up to 12 warps a multiprocessor. A thread has 16 features; 32 of narrow
-    and of very wide rows with shared noise, and two times 16 where `merged` rows are taken in halves. Rows of more than
-    16 KB are prefetched one ahead instead of two, for the shared memory of GPUs that have less than an H100.
+    As many programs run as registers allow, up to 12 warps a multiprocessor. A thread has 16 features. It has 32 of
+    narrow and of very wide rows with shared noise, and two times 16 where it takes `merged` rows in halves. Rows of
+    more than 16 KB are prefetched one ahead instead of two, because most GPUs have less shared memory than an H100.
     """
     block_n, size = _block(n_cols), max(1, itemsize // 4)
     num_stages = 3 if block_n * itemsize <= PREFETCHED_BYTES else 2
@@ -90,20 +92,20 @@ def dx_wide_shape(n_cols, itemsize):
 
 
 def sums_wide_shape(n_cols, itemsize, merged):
-    """Of the column sums of wide rows: 8 features a thread, 16 bytes of each operand in 16 bits."""
+    """Shape for the column sums of wide rows: a thread has 8 features, which are 16 bytes of an operand in 16 bits."""
     return Shape(1, 1024 // max(1, itemsize // 4), 4, 1 if merged else 4, 5 if merged else 4)
 
 
 def finalizer_shape(n_cols):
-    """Partial sums x features that a program adds up at a time."""
+    """A program adds up 256 partial sums of 8 features at a time."""
     return Shape(256, 8, 4)
 
 
 @functools.lru_cache(1024)
 def backward_programs(rows, shape, n_cols, itemsize, multiprocessors):
-    """(programs that share the rows of each group of `Rows`, whether each has several draws).
+    """(programs that share the rows of each group of `Rows`, whether a program has several draws).
 
-    No more than run at once, as each writes partial sums: at most the larger of PARTIAL_BYTES and a quarter of x.
+    There are no more programs than run at once, and no more than PARTIAL_BYTES allow, as each writes partial sums.
     """
     draws, _ = rows.in_group
     pieces = -(-n_cols // shape.block_n) if is_wide(n_cols, itemsize) else 1

@@ -216,7 +216,7 @@ class LeafTracer(torch.fx.Tracer):
     """Does not look into KL layers."""
 
     def is_leaf_module(self, module, name):
-        return isinstance(module, klnorm.posterior.KLNorm) or super().is_leaf_module(module, name)
+        return isinstance(module, klnorm.layers.KLNorm) or super().is_leaf_module(module, name)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

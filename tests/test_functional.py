@@ -715,7 +715,7 @@ def test_shared_and_merged_noise_have_the_law_of_the_model(device, noise, bias):
 @pytest.mark.parametrize("noise", [*NOISES, "none"])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, _transposed, _row_strided])
 def test_backward_saves_the_inputs_and_eight_bytes_per_row(device, layout, noise, dtype):
-    """DESIGN.md section 3; twice the eight bytes for fp64, whose mean and rstd are fp64."""
+    """The mean and rstd of a row in fp32; twice the bytes for fp64, whose mean and rstd are fp64."""
     tensors = make(device, dtype=dtype)
     tensors["x"] = layout(tensors["x"])
     for t in tensors.values():

@@ -13,7 +13,7 @@ import triton.language as tl
 from small_tiles import in_pieces, prepare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from klnorm import launch, ops, tuning
+from klnorm import compat, launch, tuning
 from klnorm.functional import Settings, normalize
 from klnorm.kernels import posterior
 from klnorm.kernels.rows import Mode, rows_of
@@ -351,7 +351,7 @@ def test_launches(device, monkeypatch, kernels_path, work, sample, seed_launches
     launch.backward_plan.cache_clear()
     launched = []
     monkeypatch.setattr(launch.Call, "launch", lambda call, *tensors: launched.append(call.kernel.__name__))
-    monkeypatch.setattr(ops, "is_watched", lambda: False)  # by what counts here
+    monkeypatch.setattr(compat, "is_watched", lambda: False)  # by what counts here
     torch.use_deterministic_algorithms(False)  # else every allocation is filled
     x = torch.randn(8, 16, 32, device=device, requires_grad=True)
     parameters = [torch.rand(32, device=device, requires_grad=True) for _ in range(4)]

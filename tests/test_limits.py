@@ -1,4 +1,4 @@
-"""What the section "Limits" of README says."""
+"""What docs/limits.md says."""
 
 import copy
 
@@ -111,6 +111,26 @@ def test_channels_last_comes_out_contiguous_as_from_nn_layer_norm(device, shape,
     x = torch.randn(SHAPE, device=device).to(memory_format=torch.channels_last)
     assert F.layer_norm(x, shape).is_contiguous()
     assert KLLayerNorm(shape, device=device).train(training)(x).is_contiguous()
+
+
+@MODES
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [SHAPE[3:], SHAPE[2:], SHAPE[1:]])
+def test_channels_last_stays_from_a_kl_rms_norm_as_from_nn_rms_norm(device, shape, bias, training):
+    x = torch.randn(SHAPE, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    layer, r = KLRMSNorm(shape, bias=bias, device=device).train(training), torch.randn(SHAPE, device=device)
+    for y in layer(x), layer(x, residual=r)[0]:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    expected = layer(x.contiguous())
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    dy = torch.randn_like(expected)
+    for dx, wanted in zip(*(torch.autograd.grad(out, x, dy) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(dx, wanted, rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 3, 4, 5, 6, device=device).to(memory_format=torch.channels_last_3d)
+    assert KLRMSNorm(6, device=device).train(training)(x).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @MODES

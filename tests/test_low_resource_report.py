@@ -216,11 +216,11 @@ def test_report_mixes_no_configurations(change, tmp_path):
         report_module.report([*lines, other], tmp_path)
 
 
-def test_the_table_of_readme_is_that_of_the_lines_and_the_report():
+def test_the_table_of_the_docs_is_that_of_the_lines_and_the_report():
     table = report_module._in_short(report_module.Results(command.read_lines(command.OUTPUT)))
     assert len(table.splitlines()) > 5
     assert table in (command.OUTPUT / "report.md").read_text(encoding="utf-8")
-    assert table in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert table in (Path(__file__).parents[1] / "docs" / "study.md").read_text(encoding="utf-8")
 
 
 def test_report_ranks_the_trials_over_the_seeds_that_all_settings_have(tmp_path):

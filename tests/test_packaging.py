@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from klnorm.versions import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ["kernels", "launch", "ops", "functional", "modules"]
+LAYERS = ["kernels", "launch", "ops", "functional", "layers"]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 SOURCES = KERNELS + sorted(path for path in (ROOT / "klnorm").rglob("*.py") if "kernels" not in path.parts)
 
@@ -76,6 +77,8 @@ def test_imports_go_one_way(layer):
     parts = {module_of(path)[1] for path in SOURCES}
     graph = {part: set() for part in parts}
     for path in SOURCES:
+        if path.stem == "__main__":
+            continue  # a command, which nothing imports
         names = [name.split(".") for name in imports_of(path)]
         # Names that are not files come from klnorm/__init__.py.
         targets = {(name[1:] or ["__init__"])[0] for name in names if name[0] == "klnorm"}
@@ -103,13 +106,21 @@ def build(kind, tree, folder):
     return archive
 
 
+def pip(command, *arguments):
+    """Run pip without a network, with the build backend of this environment."""
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
+
+
 def pip_install(target, *what):
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--target", target, *what], check=True)
+    pip("install", "--target", target, *what)
 
 
-def assert_imports(target, kernels):
-    """Python finds klnorm.kernels in the folder `kernels` once `target` is a site folder, and `kernels` nowhere."""
+def assert_trains(target, package):
+    """Where `target` is a site folder Python finds klnorm in the folder `package`, nothing called kernels, and trains.
+
+    Triton, where there is one, takes the kernels of that folder.
+    """
     code = """if True:
         import json, site, sys
         from importlib.util import find_spec
@@ -117,44 +128,56 @@ def assert_imports(target, kernels):
         site.addsitedir(target)
         print(find_spec("kernels"))
         sys.path += others
-        for stem in stems:
-            print(find_spec("klnorm.kernels." + stem).origin)
+        import torch
+        import klnorm
+        layer = klnorm.KLLayerNorm(8)
+        (layer(torch.randn(2, 8)).square().sum() + klnorm.kl_divergence(layer)).backward()
+        print(klnorm.__version__, layer.weight_rho.grad.isfinite().all().item())
+        if find_spec("triton"):
+            import klnorm.launch
+        for name in ["klnorm", *("klnorm.kernels." + stem for stem in stems)]:
+            print(find_spec(name).origin)
     """
     others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     arguments = json.dumps([str(target), [path.stem for path in KERNELS], others])
     # -I and -S: neither the working folder nor the klnorm installed for these tests may help.
     command = [sys.executable, "-I", "-S", "-c", code, arguments]
-    top_level, *origins = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    top_level, trained, *origins = done.stdout.splitlines()
     assert top_level == "None"
-    assert [Path(origin).resolve() for origin in origins] == [kernels / path.name for path in KERNELS]
+    assert trained == f"{__version__} True"
+    files = package / "__init__.py", *(package / "kernels" / path.name for path in KERNELS)
+    assert [Path(origin).resolve() for origin in origins] == [path.resolve() for path in files]
+    assert (package / "py.typed").is_file()
 
 
-def python_files(wheel):
-    return sorted(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py"))
+def package_files(wheel):
+    return sorted(name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name)
 
 
-EXPECTED_FILES = sorted("/".join(module_of(path)) + ".py" for path in SOURCES)
+EXPECTED_FILES = sorted(["klnorm/py.typed", *("/".join(module_of(path)) + ".py" for path in SOURCES)])
 
 
 def test_wheel(tmp_path):
     wheel = build("wheel", copy_tree(tmp_path / "tree"), tmp_path / "dist")
     assert wheel.name == f"klnorm-{__version__}-py3-none-any.whl"
-    assert python_files(wheel) == EXPECTED_FILES
-    pip_install(tmp_path / "site", wheel)
-    assert_imports(tmp_path / "site", tmp_path / "site" / "klnorm" / "kernels")
+    assert package_files(wheel) == EXPECTED_FILES
 
 
-def test_wheel_from_sdist(tmp_path):
+def test_sdist(tmp_path):
     sdist = build("sdist", copy_tree(tmp_path / "tree"), tmp_path / "sdist")
-    subprocess.run(["tar", "-xf", sdist, "-C", tmp_path], check=True)
-    unpacked = tmp_path / f"klnorm-{__version__}"
-    assert sorted(path.name for path in unpacked.glob("kernels/*.py")) == [path.name for path in KERNELS]
-    assert not (unpacked / "klnorm" / "kernels").exists()
-    wheel = build("wheel", unpacked, tmp_path / "dist")
-    assert python_files(wheel) == EXPECTED_FILES
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert sorted(name for name in names if name.startswith("kernels/")) == [f"kernels/{path.name}" for path in KERNELS]
+    assert not [name for name in names if name.startswith("klnorm/kernels")]
+    pip("wheel", "--wheel-dir", tmp_path / "dist", sdist)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert package_files(wheel) == EXPECTED_FILES
+    pip_install(tmp_path / "site", wheel)
+    assert_trains(tmp_path / "site", tmp_path / "site" / "klnorm")
 
 
 def test_editable_install(tmp_path):
     tree = copy_tree(tmp_path / "tree")
     pip_install(tmp_path / "site", "--editable", tree)
-    assert_imports(tmp_path / "site", tree / "kernels")
+    assert_trains(tmp_path / "site", tree / "klnorm")

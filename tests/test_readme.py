@@ -1,4 +1,4 @@
-"""What the README and the docstrings show, run as it stands there."""
+"""What README, docs and docstrings show, run as it stands there; the figures and links of all documents."""
 
 import contextlib
 import doctest
@@ -18,34 +18,84 @@ from torch.distributed import fsdp
 import klnorm
 from bench import table
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+# Their Python is run.
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCUMENTS += sorted(path for folder in ("bench", "study") for path in ROOT.glob(f"{folder}/**/*.md"))
+WORDS = 1000  # what README says is read in five minutes
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_readme_is_short_and_says_in_its_third_line_what_the_study_found():
+    assert len(read("README.md").split()) <= WORDS
+    assert "not more accurate than LayerNorm" in read("README.md").splitlines()[2]
+
+
+def test_changelog_begins_with_this_version():
+    (version, *_) = re.findall(r"^## (\S+) - \d{4}-\d\d-\d\d$", read("CHANGELOG.md"), re.MULTILINE)
+    assert version == klnorm.__version__
+
+
+def anchors(text):
+    """GitHub's names of the headings in Markdown."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_of_the_repository(path):
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        name, _, heading = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_named_in_backquotes_are_in_the_repository(path):
+    for name in re.findall(r"`([\w./-]+\.md)`", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists() or (path.parent / name).exists(), name
+
+
+@pytest.mark.parametrize("path", GUIDES[1:], ids=lambda path: path.name)
+def test_readme_links_to_every_guide(path):
+    assert f"(docs/{path.name})" in read("README.md")
 
 
 def test_memory_table_is_that_of_the_result_file(capsys):
     table.main(["bench/results/memory_cpu.json"])
-    assert capsys.readouterr().out.strip() in README
+    assert capsys.readouterr().out.strip() in read("docs/memory.md")
 
 
-@pytest.mark.parametrize("kind", ["norms", "train_step"])
-def test_speed_tables_are_those_of_the_newest_result_files(capsys, kind):
+@pytest.mark.parametrize(("kind", "guide"), [("norms", "docs/speed.md"), ("train_step", "README.md")])
+def test_speed_tables_are_those_of_the_newest_result_files(capsys, kind, guide):
     results = Path("bench/results").glob(f"{kind}_*.json")
     newest = max(results, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["environment"]["time"])
     table.main([str(newest), "--short"])
-    assert capsys.readouterr().out.strip() in README
-    assert f"python -m bench.table {newest}" in README
+    assert capsys.readouterr().out.strip() in read(guide)
+    assert f"python -m bench.table {newest}" in read(guide)
 
 
 def test_operations_of_a_step_are_those_of_the_result_file():
     result = json.loads(Path("bench/results/operations_cpu.json").read_text(encoding="utf-8"))
     counts = {(r["norm"], r["mode"]): f"{r['launches']:,}" for r in result["records"]}
     ours, plain = ([counts[norm, mode] for mode in ("eager", "compiled")] for norm in ("klnorm, sample", "LayerNorm"))
-    text = " ".join(README.split())
+    text = " ".join(read("docs/memory.md").split())
     assert f"{ours[0]} in eager mode ({plain[0]} with nn.LayerNorm), {ours[1]} compiled ({plain[1]})" in text
 
 
 def blocks():
-    """The README's Python by its first line of interest."""
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """The Python of all guides."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in GUIDES)
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def run(containing, namespace=None, **names):
@@ -182,7 +232,7 @@ def train_distributed(sharded):
     loss = F.cross_entropy(model(x).float(), target) + klnorm.kl_divergence(model) / 6
     loss.backward()
     (layer,) = klnorm.kl_layers(model).values()
-    assert klnorm.kl.whole(layer.weight_rho.grad).abs().min() > 0
+    assert klnorm.compat.whole(layer.weight_rho.grad).abs().min() > 0
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -217,7 +267,7 @@ def test_every_block_is_run():
         "conditional",
         "functional",
         "kl",
-        "modules",
+        "layers",
         "plots",
         "predict",
         "replace",

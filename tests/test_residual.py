@@ -84,6 +84,30 @@ def test_in_one_pass(monkeypatch, training):
     assert calls[0][1] is r
 
 
+@pytest.mark.parametrize(("dtype", "residual_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("condition", ["self", 5])
+@pytest.mark.parametrize("sample_dim", [0, 1])
+def test_of_a_conditional_layer(device, condition, training, sample_dim, dtype, residual_dtype):
+    """It normalizes the sum, which its conditions are of, in the dtype of x, and answers the sum in that of r."""
+    layer = made(klnorm.KLConditionalLayerNorm(N, condition, sample_dim=sample_dim), device).train(training)
+    x, r = inputs(device, dtype, residual_dtype)
+    given = () if condition == "self" else (torch.randn(x.shape[sample_dim], 5, device=device),)
+    leaves = [t.requires_grad_() for t in (x, r)]
+    results = []
+    for fused in True, False:
+        torch.manual_seed(5)
+        y, total = layer(x, *given, residual=r) if fused else (None, (x.float() + r.float()).to(r.dtype))
+        y = y if fused else layer(total, *given).to(dtype)
+        kl = layer.kl_divergence() if training else 0.0
+        results.append((y, total, *torch.autograd.grad((y.float() ** 2).sum() + total.float().sum() + kl, leaves)))
+    assert results[0][0].dtype == dtype
+    assert torch.equal(results[0][1], results[1][1])
+    for one, other in zip(*results, strict=True):
+        eps = max(torch.finfo(one.dtype).eps, torch.finfo(residual_dtype).eps)
+        torch.testing.assert_close(one, other, rtol=8 * eps, atol=16 * eps)
+
+
 def test_a_block_with_pre_norm_learns():
     class Block(nn.Module):
         def __init__(self):
@@ -108,7 +132,14 @@ def test_a_block_with_pre_norm_learns():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layer", [lambda: KLLayerNorm(N), lambda: klnorm.replace_rms_norm(GemmaRMSNorm(N))])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: KLLayerNorm(N),
+        lambda: klnorm.KLConditionalLayerNorm(N),
+        lambda: klnorm.replace_rms_norm(GemmaRMSNorm(N)),
+    ],
+)
 def test_errors(layer, training):
     layer, (x, r) = layer().train(training), inputs("cpu")
     with pytest.raises(ValueError, match=r"residual has shape \(4, 24\), expected that of x"):

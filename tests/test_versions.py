@@ -1,10 +1,18 @@
-"""What klnorm says about a torch or triton that is too old or missing."""
+"""What klnorm says about a torch or triton that is too old or missing, and what `python -m klnorm.versions` prints."""
 
+import os
+import re
+import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+import klnorm
+from klnorm.versions import __main__ as command
 from klnorm.versions import require_triton, require_versions
 
 
@@ -69,3 +77,81 @@ def test_installed_versions_are_new_enough():
     pytest.importorskip("triton")
     require_versions()
     require_triton()
+
+
+def told(capsys):
+    """{label: what was printed beside it} of the command."""
+    assert command.main() == 0
+    return {line[:14].rstrip(): line[14:] for line in capsys.readouterr().out.splitlines()}
+
+
+def test_command_runs_without_warnings(tmp_path):
+    # -W error: runpy warns where the package has imported the module that it is to run.
+    line = [sys.executable, "-W", "error::RuntimeWarning", "-m", "klnorm.versions"]
+    path = os.pathsep.join([str(Path(klnorm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    labels = [text[:14].rstrip() for text in done.stdout.splitlines()]
+    assert labels == list(command.PROBES)
+    assert f"klnorm        {klnorm.__version__}, in " in done.stdout
+    assert f"torch         {torch.__version__}, " in done.stdout
+
+
+def test_command_says_that_cpu_tensors_take_the_pytorch_path(capsys, no_gpu):
+    found = told(capsys)
+    assert found["device"].startswith("CPU, ")
+    assert found["driver"] == "none: torch sees no CUDA GPU"
+    assert found["PyTorch path"] == "a forward and a backward ran"
+    assert found["kernels"] == "not tried: CPU tensors take the PyTorch path"
+
+
+def test_command_tells_how_far_kernels_are_from_the_pytorch_path(capsys, device, monkeypatch, kernels_path):
+    """Without a GPU the interpreter runs them; both steps then, so that nothing is between them."""
+    if device.type != "cuda":
+        step = command._step
+        monkeypatch.setattr(command, "_step", lambda place: step(device))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = told(capsys)["kernels"]
+    how, _, ran = found.partition("; ")
+    assert how == ("compiled" if device.type == "cuda" else "interpreted, as TRITON_INTERPRET says")
+    match = re.fullmatch(r"a forward and a backward ran, at most (\d\.\de[+-]\d\d) from the PyTorch path", ran)
+    assert match is not None, found
+    assert float(match[1]) < 1e-5
+
+
+@pytest.mark.parametrize(("wrong", "printed"), [(2.5, "2.5e+00"), (float("nan"), "nan")])
+def test_kernels_far_from_the_pytorch_path_are_told(capsys, monkeypatch, wrong, printed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    steps = {"cuda": [torch.zeros(3), torch.tensor([0.0, wrong])], "cpu": [torch.zeros(3), torch.zeros(2)]}
+    monkeypatch.setattr(command, "_step", lambda place: steps[place.type])
+    assert f"at most {printed} from the PyTorch path" in told(capsys)["kernels"]
+
+
+def test_command_prints_the_exception_of_every_probe_that_fails(capsys, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("nobody is at home")
+
+    monkeypatch.setattr(torch.cuda, "is_available", fail)
+    monkeypatch.setattr(command, "version", fail)
+    monkeypatch.setattr(command, "_step", fail)
+    found = told(capsys)
+    failed = {label for label, text in found.items() if text == "OSError: nobody is at home"}
+    assert failed == {"transformers", "device", "driver", "PyTorch path", "kernels"}
+
+
+def test_command_names_packages_that_are_missing(capsys, monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(command, "version", missing)
+    found = told(capsys)
+    assert found["triton"] == "ImportError: klnorm needs triton>=3.4, found none. Remedy: pip install 'triton>=3.4'"
+    assert found["transformers"].startswith("not installed")
+
+
+def test_a_gpu_that_torch_promises_and_does_not_have_is_told(capsys, monkeypatch, device):
+    if device.type == "cuda":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "Error: " in told(capsys)["device"]

@@ -42,7 +42,7 @@ class KLCallback(Callback):
         KLWeight(value=0.03125, steps=4)
     """
 
-    def __init__(self, kl_weight):
+    def __init__(self, kl_weight: KLWeight) -> None:
         if not isinstance(kl_weight, KLWeight):
             raise TypeError(
                 f"kl_weight is a {type(kl_weight).__name__}, expected a klnorm.KLWeight. "

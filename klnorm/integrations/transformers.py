@@ -1,5 +1,8 @@
 """The KL divergence in the training loop of Hugging Face's Trainer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
@@ -49,7 +52,10 @@ class KLTrainerMixin:
         KLWeight(value=0.125, steps=0)
     """
 
-    def __init__(self, *args, kl_weight=None, rho_lr=1e-2, **kwargs):
+    train_dataset: Any  # of the Trainer
+    add_callback: Callable[..., None]
+
+    def __init__(self, *args: Any, kl_weight: KLWeight | None = None, rho_lr: float = 1e-2, **kwargs: Any) -> None:
         if kl_weight is not None and not isinstance(kl_weight, KLWeight):
             raise TypeError(
                 f"kl_weight is a {type(kl_weight).__name__}, expected a klnorm.KLWeight. "
@@ -60,7 +66,7 @@ class KLTrainerMixin:
         if kl_weight is None and self.train_dataset is not None and has_length(self.train_dataset):
             kl_weight = KLWeight(num_examples=len(self.train_dataset))
         self.kl_weight, self.rho_lr = kl_weight, rho_lr
-        self._kl_logs = {}
+        self._kl_logs: dict = {}
         self.add_callback(_RequireKLLayers())
         if kl_weight is not None:
             self.add_callback(_FollowGlobalStep(kl_weight))

@@ -56,7 +56,7 @@ def loss_of(model, x, target):
 def gradients(model):
     """{name as without a wrapper: gradient, whole and on its own}, of the parameters that have one."""
     named = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters()]
-    return {name: klnorm.kl.whole(grad).clone() for name, grad in named if grad is not None}
+    return {name: klnorm.compat.whole(grad).clone() for name, grad in named if grad is not None}
 
 
 def gradients_of(model, batch, seed=0):

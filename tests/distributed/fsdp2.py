@@ -67,7 +67,7 @@ def training(rank):
             loss = loss_of(model, *batch)
             loss.backward()
             optimizer.step()
-        parameters = {name: klnorm.kl.whole(p).detach() for name, p in model.named_parameters()}
+        parameters = {name: klnorm.compat.whole(p).detach() for name, p in model.named_parameters()}
         results.append({**parameters, "loss": loss.detach()})
     dist.all_reduce(results[0]["loss"])
     results[0]["loss"] /= 2
@@ -118,7 +118,7 @@ def state(rank):
     checkpoint.set_model_state_dict(again, whole, options=back)
     found = {
         "one process": one_process.state_dict() if rank == 0 else None,
-        "shards": {name: klnorm.kl.whole(tensor) for name, tensor in again.state_dict().items()},
+        "shards": {name: klnorm.compat.whole(tensor) for name, tensor in again.state_dict().items()},
     }
     return found, make_model().state_dict()
 

@@ -1,9 +1,9 @@
-"""The version of klnorm, and of the packages that it needs."""
+"""The version of klnorm, and of the packages that it needs; `python -m klnorm.versions` prints what is installed."""
 
 import re
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def require_versions():

@@ -1,0 +1,474 @@
+"""The layers: norms whose scale and shift have posteriors, and what a forward of theirs does."""
+
+import functools
+import math
+
+import torch
+from torch import nn
+
+from . import checks, compat, inputs
+from .functional import Settings, normalize
+from .kl import LastKL, kl_divergence
+from .reference.kl_norm import kl_deterministic, kl_normal
+from .spec import Parameters
+
+SETTINGS = (
+    "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior", "out_dtype",
+    "_last_kl", "_sampling", "_shortcut_guard",
+)  # fmt: skip
+
+
+class KLNorm(nn.Module):
+    """Base of the KL layers, put before the class of the norm itself: `class KLLayerNorm(KLNorm, nn.LayerNorm)`.
+
+    The norm's own parameters are the means of the posterior. The layer adds its deviations, `<mean>_rho`, as parameters
+    and the means of the prior, `<mean>_prior`, as buffers. A layer without shift, or with posterior="deterministic",
+    has None for those that it does not need.
+    """
+
+    _means = "weight", "bias"
+    _is_rms = False
+    _weight_offset = 0.0  # added to the weight, it gives the scale
+    heads = None  # how many have parameters of their own
+
+    def _add_posterior(self, **options):
+        """Make a KL layer of what is the norm."""
+        self._build_posterior(**options)
+        self._guard_shortcut()
+
+    def _build_posterior(self, *, prior="current", **options):
+        """Settings, deviations and priors; `prior` as in `klnorm.replace_layer_norm`. What may fail does so here."""
+        for name, option in checks.as_options(self.weight.dtype, **options).items():
+            setattr(self, name, option)
+        self.prior = prior
+        self._last_kl = LastKL()
+        self._sampling = False  # in evaluation mode, see `klnorm.sampling`
+        self._shortcut_guard = None
+        sampled = self.posterior == "sampled"
+        for name in self._means:
+            mean = getattr(self, name)
+            with_rho, with_prior = mean is not None and sampled, mean is not None and (sampled or name == "bias")
+            rho = nn.Parameter(torch.empty_like(mean), requires_grad=mean.requires_grad) if with_rho else None
+            self.register_parameter(f"{name}_rho", rho)
+            self.register_buffer(f"{name}_prior", self._prior_for(name, mean) if with_prior else None)
+        self._reset_rho()
+
+    def _remove_posterior(self):
+        """Undo `_add_posterior`; what is left is the state of the norm. It cannot fail, whatever has been removed."""
+        for name in self._means:
+            self._parameters.pop(f"{name}_rho", None)
+            self._buffers.pop(f"{name}_prior", None)
+        compat.guard_shortcut(self, False)
+        for name in SETTINGS:
+            vars(self).pop(name, None)
+
+    def _shape_and_eps(self):
+        return self.normalized_shape, self.eps
+
+    def _initial_rho(self):
+        """softplus inverted at `init_std`, in a form that holds for small and large deviations."""
+        init_std = checks.as_number("init_std", self.init_std, above=0, dtype=self.weight.dtype)
+        return init_std + math.log(-math.expm1(-init_std))
+
+    def _reset_rho(self):
+        for name in self._means:
+            rho = getattr(self, f"{name}_rho")
+            if rho is not None:
+                self._set_initial(rho)
+
+    def _set_initial(self, rho):
+        nn.init.constant_(rho, self._initial_rho())
+
+    def _standard(self, name):
+        """The value of a new layer's mean: scale 1, shift 0."""
+        return float(name == "weight")
+
+    def _prior_for(self, name, mean):
+        """A prior mean for a posterior that starts at `mean`."""
+        mean = mean.detach()
+        return mean.clone() if self.prior == "current" else torch.full_like(mean, self._standard(name))
+
+    def reset_parameters(self):
+        """Scale and prior of the scale 1, shift and prior of the shift 0, deviations `init_std`."""
+        for name in self._means:
+            for tensor in getattr(self, name, None), getattr(self, f"{name}_prior", None):
+                if tensor is not None:
+                    nn.init.constant_(tensor, self._standard(name))
+        if "weight_rho" in self._parameters:  # the norm's own constructor calls this before they exist
+            self._reset_rho()
+
+    def _initializers(self):
+        """Name of a tensor that the plain norm lacks -> function that fills it with the values of a new layer."""
+        found = {}
+        for name in self._means:
+            found[f"{name}_rho"] = self._set_initial
+            found[f"{name}_prior"] = functools.partial(self._centre, name)
+        return found
+
+    def _centre(self, name, prior):
+        prior.copy_(self._prior_for(name, getattr(self, name)))
+
+    @property
+    def _is_hf_initialized(self):
+        return vars(self).get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value):
+        vars(self)["_is_hf_initialized"] = value
+        if value:
+            compat.initialize_unloaded(self)
+
+    def train(self, mode=True):
+        """As for every module; in training mode scale and shift are sampled."""
+        super().train(mode)
+        if not mode:
+            self._last_kl.forget()
+        self._guard_shortcut()
+        return self
+
+    def _set_sampling(self, sampling):
+        self._sampling = sampling
+        self._guard_shortcut()
+
+    def _guard_shortcut(self):
+        compat.guard_shortcut(self, self.training or bool(self._sampling))
+
+    def forward(self, x, residual=None):
+        """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode.
+
+        Args:
+            x: (..., *normalized_shape), with heads (..., heads, *normalized_shape).
+            residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), that is added to
+                it first, in one pass.
+
+        Returns:
+            y, in the dtype of `x` unless the layer has an `out_dtype`; with a residual (y, x + residual), the sum in
+            the dtype of the residual.
+        """
+        if not (self.training or self._sampling):
+            return self._evaluate(x, residual)
+        compiling, held = torch.compiler.is_compiling(), self.posterior_and_prior()
+        if not compiling:
+            self._last_kl.forget()
+        shape, eps = self._shape_and_eps()
+        kind = "rms" if self._is_rms else "layer"
+        out_dtype = self._out_dtype(x if residual is None else residual)
+        settings = Settings(
+            kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype, self._weight_offset,
+            self.heads is not None,
+        )  # fmt: skip
+        y, total, kl = normalize(x, residual, shape, held, settings, True, generator=self.generator)
+        if not compiling:
+            self._last_kl.remember(kl, held, self.prior_std)
+        y = _in_format_of(x, y) if self._is_rms else y
+        return y if residual is None else (y, total)
+
+    def _evaluate(self, x, residual):
+        dtype, weight = getattr(x, "dtype", None), self.weight
+        alike = weight is not None and dtype is weight.dtype and self.out_dtype in (None, dtype)
+        alike = alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type))
+        alike = alike and residual is None and self.heads is None
+        if alike and (self.bias is None or not self._is_rms):
+            if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
+                inputs.check_input(x, self.normalized_shape)
+            inputs.check_device("weight", weight, x)
+            return super().forward(x)
+        # Torch's norm has no heads, no residual, no mixed dtypes (it refuses them or answers in fp32) and, as RMSNorm,
+        # no shift. The deterministic reading is the norm of the means, so its kernel computes that.
+        shape, eps = self._shape_and_eps()
+        means = Parameters(weight, self.bias, None, None, None, None)
+        kind = "rms" if self._is_rms else "layer"
+        per_head = self.heads is not None
+        settings = Settings(kind, "deterministic", "batch", 0, self.prior_std, eps, self.out_dtype, per_head=per_head)
+        y, total, _ = normalize(x, residual, shape, means, settings, sample=False)
+        y = _in_format_of(x, y) if self._is_rms else y
+        return y if residual is None else (y, total)
+
+    def _out_dtype(self, z):
+        """The dtype of y where the layer samples, None for that of x; `z`: what is normalized."""
+        return self.out_dtype
+
+    def posterior_and_prior(self):
+        """The `Parameters`; those of the scale less `_weight_offset`."""
+        parameters, buffers = self._parameters, self._buffers  # looked at first, as nn.Module takes thrice as long
+        return Parameters(
+            *[
+                parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
+                for name in Parameters._fields
+            ]
+        )
+
+    def posterior_parameters(self):
+        """The parameters of the posterior that there are: weight, weight_rho and, with a shift, bias, bias_rho."""
+        held = self.posterior_and_prior()
+        return [p for p in (held.weight, held.weight_rho, held.bias, held.bias_rho) if p is not None]
+
+    def count_posteriors(self):
+        """How many Gaussians the KL is a sum over: every scale and shift or, read deterministically, every feature."""
+        means = self._means if self.posterior == "sampled" else ("weight",)
+        return sum(getattr(self, name).numel() for name in means if getattr(self, name) is not None)
+
+    def _kl_inputs(self):
+        """The tensors held that the KL is a function of, None for what there is not."""
+        return self.posterior_and_prior()
+
+    def kl_divergence(self, *, check_finite=None):
+        """`klnorm.kl_divergence` of this layer: a scalar in nats; raises as that does where it is not finite."""
+        return kl_divergence(self, check_finite=check_finite)
+
+    def _take_kl(self):
+        """The KL tensor of the last forward, see `LastKL.take`; None where that is not at hand."""
+        kl = None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
+        if kl is None or self.heads is None:
+            return kl
+        total = kl.sum()
+        total.of = kl  # held by who holds the sum, so that it can be taken again
+        return total
+
+    def _as_scale(self, weight):
+        """The scale of a weight, in fp32 or wider: 1 + weight in bf16 would lose what training changes."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return self._weight_offset + weight.to(wide) if self._weight_offset else weight
+
+    def kl_terms(self):
+        """What the KL divergence is the sum of, as `klnorm.kl.closed_form` takes it."""
+        weight, bias, weight_rho, bias_rho, weight_prior, bias_prior = self.posterior_and_prior()
+        prior_std = checks.as_number("prior_std", self.prior_std, above=0)
+        if self.posterior == "deterministic":
+            if bias is None:
+                bias = bias_prior = torch.zeros_like(weight)
+            return [(kl_deterministic, (self._as_scale(weight), bias), bias_prior, prior_std)]
+        terms = [(kl_normal, (weight, weight_rho), weight_prior, prior_std)]
+        return terms if bias is None else [*terms, (kl_normal, (bias, bias_rho), bias_prior, prior_std)]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        """Also accept the state of the plain norm."""
+        assigned = local_metadata.get("assign_to_params_buffers", False)
+        state_dict = compat.with_posterior(self, state_dict, prefix, assigned)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def extra_repr(self):
+        if self.posterior == "deterministic":
+            ours = f"posterior='deterministic', prior_std={self.prior_std}"
+        else:
+            ours = f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
+        dtype = "" if self.out_dtype is None else f"out_dtype={self.out_dtype}"
+        heads = "" if self.heads is None else f"heads={self.heads}"
+        return ", ".join(part for part in (super().extra_repr(), ours, dtype, heads) if part)
+
+
+class KLLayerNorm(KLNorm, nn.LayerNorm):
+    r"""LayerNorm whose scale and shift are Gaussian posteriors, sampled in training and held to a prior by a KL term.
+
+    In training mode every draw of scale and shift is
+    :math:`\gamma = \mathrm{weight} + \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon`, likewise :math:`\beta`; in
+    evaluation mode the layer is `nn.LayerNorm` with the posterior means, bit for bit where `x` and the parameters have
+    one dtype. `klnorm.sampling(model)` samples in evaluation mode. Add `klnorm.kl_divergence(model)`, weighted, to the
+    loss. A training forward whose divergence nobody takes may keep its graph alive until the layer's next forward. See
+    `klnorm.functional.kl_layer_norm` for the formulas and their source.
+
+    Args:
+        normalized_shape: int or sequence of ints, as for nn.LayerNorm.
+        eps: added to the variance, >= 0.
+        elementwise_affine: must be True: the layer is about the scale and shift.
+        bias: False leaves out the shift, `bias` and `bias_rho` are None then.
+        device, dtype: of the parameters.
+        noise: which rows share a draw: "batch" all, "sample" (default) those of one sample, "token" none.
+        sample_dim: dimension of the input that counts samples.
+        init_std: initial posterior deviation, > 0.
+        prior_std: deviation of the prior, > 0.
+        generator: torch.Generator of the input's device to draw the seed of every forward from; torch's own if None.
+        posterior: "sampled", or "deterministic": no noise and no deviations, so that the layer has exactly the
+            parameters of nn.LayerNorm and computes the same, and the normalized activation itself is taken for the
+            noise: :math:`y_j \sim N(\mathrm{bias}_j, \mathrm{weight}_j^2)`, held by the KL term to
+            :math:`N(\mathrm{bias\_prior}_j, \mathrm{prior\_std}^2)`. Use it for a regularizer without noise, arithmetic
+            or parameters of its own. weight plays the deviation, so choose a `prior_std` of the size that weights
+            have, about 1: the default of 0.1, meant for the sampled reading, would pull them all to 0.1. `noise`,
+            `sample_dim`, `init_std` and `generator` have no effect then.
+        out_dtype: floating dtype of the output; that of the input if None.
+        heads: None, or how many heads have a scale and shift of their own, as in norms of queries and keys. Input is
+            then (..., heads, \*normalized_shape), parameters and prior means are (heads, \*normalized_shape), and the
+            KL divergence is the sum over heads, which share no noise. Evaluation then rounds once, as nn.LayerNorm may
+            not.
+
+    Shape:
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
+        or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns that too: (y, x + r).
+
+    Parameters:
+        weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
+            reading. All of `normalized_shape`, or (heads, \*normalized_shape).
+    Buffers (persistent):
+        weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.LayerNorm checkpoint becomes the prior.
+            weight_prior is None in the deterministic reading.
+
+    Raises:
+        TypeError, ValueError: as `klnorm.functional.kl_layer_norm`, and for elementwise_affine=False. Options are
+            checked when the layer is made; an `init_std` has to be finite in the parameters' dtype.
+
+    Example:
+        >>> layer = klnorm.KLLayerNorm(8, noise="token")
+        >>> y = layer(torch.randn(4, 5, 8))
+        >>> loss = y.square().mean() + layer.kl_divergence() / 1000
+        >>> layer = klnorm.KLLayerNorm(8, posterior="deterministic", prior_std=1.0)
+        >>> [name for name, _ in layer.named_parameters()], abs(round(layer.kl_divergence().item(), 5))
+        (['weight', 'bias'], 0.0)
+        >>> layer = klnorm.KLLayerNorm(8, heads=4)
+        >>> layer(torch.randn(2, 5, 4, 8)).shape, layer.weight.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([4, 8]))
+    """
+
+    _plain_class = nn.LayerNorm
+
+    def __init__(
+        self,
+        normalized_shape,
+        eps=1e-5,
+        elementwise_affine=True,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        noise="sample",
+        sample_dim=0,
+        init_std=0.05,
+        prior_std=0.1,
+        generator=None,
+        posterior="sampled",
+        out_dtype=None,
+        heads=None,
+    ):
+        _check_affine(elementwise_affine, "LayerNorm")
+        checks.check_flag("bias", bias)
+        checks.check_dtype(dtype)
+        eps = checks.as_number("eps", eps, at_least=0)
+        shape, heads = checks.as_shape(normalized_shape), _as_heads(heads)
+        super().__init__((*heads, *shape), eps, True, bias, device, dtype)  # parameters of this shape
+        self.normalized_shape, self.heads = shape, heads[0] if heads else None
+        self._add_posterior(
+            noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
+            posterior=posterior, out_dtype=out_dtype,
+        )  # fmt: skip
+
+
+class KLRMSNorm(KLNorm, nn.RMSNorm):
+    r"""RMSNorm whose scale is a Gaussian posterior, sampled in training and held to a prior by a KL term.
+
+    `KLLayerNorm` without mean and, unless asked for, shift: see there, and `klnorm.functional.kl_rms_norm` for the
+    formulas. In evaluation mode the layer is `nn.RMSNorm` with the posterior means, bit for bit where `x` and the
+    weight have one dtype; with a shift, which nn.RMSNorm lacks, :math:`\mathrm{weight}\,\hat x + \mathrm{bias}`,
+    rounded once.
+
+    Args:
+        normalized_shape: int or sequence of ints, as for nn.RMSNorm.
+        eps: added to the mean square, >= 0; None as in nn.RMSNorm.
+        elementwise_affine: must be True: the layer is about the scale.
+        device, dtype: of the parameters.
+        bias: True adds a shift with a posterior of its own, as KLLayerNorm has.
+        noise, sample_dim, init_std, prior_std, generator, out_dtype, heads: as for `KLLayerNorm`.
+        posterior: "sampled" or "deterministic", as for `KLLayerNorm`. Without a shift the deterministic KL is that of
+            :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
+
+    Shape:
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, channels_last where the input is
+        and else contiguous, in the input's dtype or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns
+        that too: (y, x + r).
+
+    Parameters:
+        weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
+            reading. All of `normalized_shape`, or (heads, \*normalized_shape); those of the shift None where there is
+            none.
+    Buffers (persistent):
+        weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.RMSNorm checkpoint becomes the prior; its
+            shift is 0. weight_prior is None in the deterministic reading, bias_prior without a shift.
+
+    Raises:
+        TypeError, ValueError: as `klnorm.functional.kl_rms_norm`, and for elementwise_affine=False.
+        `klnorm.restore_rms_norm` refuses a layer with a shift or with heads.
+
+    Example:
+        >>> layer = klnorm.KLRMSNorm(8, eps=1e-6)
+        >>> y = layer(torch.randn(4, 5, 8))
+        >>> loss = y.square().mean() + layer.kl_divergence() / 1000
+        >>> layer
+        KLRMSNorm((8,), eps=1e-06, elementwise_affine=True, noise='sample', sample_dim=0, prior_std=0.1)
+        >>> norm_q, norm_k = (klnorm.KLRMSNorm(8, eps=1e-6, heads=heads) for heads in (4, 2))
+        >>> q, k = norm_q(torch.randn(2, 5, 4, 8)), norm_k(torch.randn(2, 5, 2, 8))
+        >>> q.shape, k.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([2, 5, 2, 8]))
+    """
+
+    _plain_class = nn.RMSNorm
+    _is_rms = True
+
+    def __init__(
+        self,
+        normalized_shape,
+        eps=None,
+        elementwise_affine=True,
+        device=None,
+        dtype=None,
+        *,
+        bias=False,
+        noise="sample",
+        sample_dim=0,
+        init_std=0.05,
+        prior_std=0.1,
+        generator=None,
+        posterior="sampled",
+        out_dtype=None,
+        heads=None,
+    ):
+        _check_affine(elementwise_affine, "RMSNorm")
+        checks.check_flag("bias", bias)
+        checks.check_dtype(dtype)
+        eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
+        shape, heads = checks.as_shape(normalized_shape), _as_heads(heads)
+        super().__init__((*heads, *shape), eps, True, device, dtype)  # parameters of this shape
+        self.normalized_shape, self.heads = shape, heads[0] if heads else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
+        self._add_posterior(
+            noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
+            posterior=posterior, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    def _build_posterior(self, **options):
+        if not hasattr(self, "bias"):  # an nn.RMSNorm that is being replaced
+            self.register_parameter("bias", None)
+        super()._build_posterior(**options)
+
+    def _remove_posterior(self):
+        super()._remove_posterior()
+        self._parameters.pop("bias", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight, others = state_dict.get(f"{prefix}weight"), [f"{prefix}{name}" for name in Parameters._fields[1:]]
+        is_plain = isinstance(weight, torch.Tensor) and not any(key in state_dict for key in others)
+        if is_plain and self.bias is not None:
+            state_dict = {**state_dict, f"{prefix}bias": torch.zeros_like(weight)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self):
+        return super().extra_repr() + ("" if self.bias is None else ", bias=True")
+
+
+def _as_heads(heads):
+    """What comes before the normalized shape in that of the parameters."""
+    return () if heads is None else (checks.as_integer("heads", heads, at_least=1),)
+
+
+def _check_affine(elementwise_affine, norm):
+    checks.check_flag("elementwise_affine", elementwise_affine)
+    if not elementwise_affine:
+        raise ValueError(
+            "elementwise_affine is False, expected True: a layer without scale and shift has nothing to learn a "
+            f"distribution of. Remedy: nn.{norm}(..., elementwise_affine=False)."
+        )
+
+
+def _in_format_of(x, y):
+    """y, channels_last where x is, as nn.RMSNorm answers; nn.LayerNorm answers contiguously."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return y
+    return y.contiguous(memory_format=channels_last)
