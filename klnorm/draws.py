@@ -104,7 +104,7 @@ def _each_its_own_draw(model, inputs):
 
 
 def _check_draws(name, layer, x, inputs):
-    n_normalized = len(layer._shape_and_eps()[0])
+    n_normalized = len(layer._shape_and_eps()[0]) + (layer.heads is not None)
     sample_dim = layer.sample_dim
     if layer.noise == "sample":
         sample_dim = resolve_sample_dim(x, n_normalized, sample_dim)

@@ -38,6 +38,7 @@ class KLNorm(nn.Module):
     _means: tuple[str, ...] = ("weight", "bias")
     _is_rms = False
     _weight_offset = 0.0  # added to the weight, it gives the scale
+    heads: int | None = None  # how many have their own parameters
 
     def _add_posterior(self, **options):
         """Make a KL layer of what is the norm."""
@@ -147,7 +148,7 @@ class KLNorm(nn.Module):
         """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode.
 
         Args:
-            x: (..., *normalized_shape).
+            x: (..., *normalized_shape), with heads (..., heads, *normalized_shape).
             residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), that is added to
                 it first, in one pass.
 
@@ -164,8 +165,9 @@ class KLNorm(nn.Module):
         kind = "rms" if self._is_rms else "layer"
         out_dtype = self._out_dtype(x if residual is None else residual)
         settings = Settings(
-            kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype, self._weight_offset
-        )
+            kind, self.posterior, self.noise, self.sample_dim, self.prior_std, eps, out_dtype, self._weight_offset,
+            self.heads is not None,
+        )  # fmt: skip
         y, total, kl = normalize(x, residual, shape, held, settings, True, generator=self.generator)
         if not compiling:
             self._last_kl.remember(kl, held, self.prior_std)
@@ -176,17 +178,19 @@ class KLNorm(nn.Module):
         dtype, weight = getattr(x, "dtype", None), self.weight
         alike = weight is not None and dtype is weight.dtype and self.out_dtype in (None, dtype)
         alike = alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type))
-        if alike and residual is None and (self.bias is None or not self._is_rms):
+        alike = alike and residual is None and self.heads is None
+        if alike and (self.bias is None or not self._is_rms):
             if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
                 inputs.check_input(x, self.normalized_shape)
             inputs.check_device("weight", weight, x)
             return super().forward(x)
-        # Torch's norm has no residual, no mixed dtypes (it refuses them or answers in fp32) and, as RMSNorm, no shift.
-        # The deterministic reading is the norm of the means, so its kernel computes that.
+        # Torch's norm has no heads, no residual, no mixed dtypes (it refuses them or answers in fp32) and, as RMSNorm,
+        # no shift. The deterministic reading is the norm of the means, so its kernel computes that.
         shape, eps = self._shape_and_eps()
         means = Parameters(weight, self.bias, None, None, None, None)
         kind = "rms" if self._is_rms else "layer"
-        settings = Settings(kind, "deterministic", "batch", 0, self.prior_std, eps, self.out_dtype)
+        per_head = self.heads is not None
+        settings = Settings(kind, "deterministic", "batch", 0, self.prior_std, eps, self.out_dtype, per_head=per_head)
         y, total, _ = normalize(x, residual, shape, means, settings, sample=False)
         y = _in_format_of(x, y) if self._is_rms else y
         return y if residual is None else (y, total)
@@ -224,7 +228,12 @@ class KLNorm(nn.Module):
 
     def _take_kl(self):
         """The KL tensor of the last forward, see `LastKL.take`; None where that is not at hand."""
-        return None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
+        kl = None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
+        if kl is None or self.heads is None:
+            return kl
+        total = kl.sum()
+        total.of = kl  # held by who holds the sum, so that it can be taken again
+        return total
 
     def _as_scale(self, weight):
         """The scale of a weight, in fp32 or wider: 1 + weight in bf16 would lose what training changes."""
@@ -254,7 +263,8 @@ class KLNorm(nn.Module):
         else:
             ours = f"noise={self.noise!r}, sample_dim={self.sample_dim}, prior_std={self.prior_std}"
         dtype = "" if self.out_dtype is None else f"out_dtype={self.out_dtype}"
-        return ", ".join(part for part in (super().extra_repr(), ours, dtype) if part)
+        heads = "" if self.heads is None else f"heads={self.heads}"
+        return ", ".join(part for part in (super().extra_repr(), ours, dtype, heads) if part)
 
 
 class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward also takes a residual
@@ -286,6 +296,10 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
             have, about 1: the default of 0.1, meant for the sampled reading, would pull them all to 0.1. `noise`,
             `sample_dim`, `init_std` and `generator` have no effect then.
         out_dtype: floating dtype of the output; that of the input if None.
+        heads: None, or how many heads have a scale and shift of their own, as in norms of queries and keys. Input is
+            then (..., heads, \*normalized_shape), parameters and prior means are (heads, \*normalized_shape), and the
+            KL divergence is the sum over heads, which share no noise. Evaluation then rounds once, as nn.LayerNorm may
+            not.
 
     Shape:
         Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
@@ -293,7 +307,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
-            reading. All of `normalized_shape`.
+            reading. All of `normalized_shape`, or (heads, \*normalized_shape).
     Buffers (persistent):
         weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.LayerNorm checkpoint becomes the prior.
             weight_prior is None in the deterministic reading.
@@ -309,6 +323,9 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
         >>> layer = klnorm.KLLayerNorm(8, posterior="deterministic", prior_std=1.0)
         >>> [name for name, _ in layer.named_parameters()], abs(round(layer.kl_divergence().item(), 5))
         (['weight', 'bias'], 0.0)
+        >>> layer = klnorm.KLLayerNorm(8, heads=4)
+        >>> layer(torch.randn(2, 5, 4, 8)).shape, layer.weight.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([4, 8]))
     """
 
     _plain_class = nn.LayerNorm
@@ -329,12 +346,15 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
         generator: torch.Generator | None = None,
         posterior: checks.Posterior = "sampled",
         out_dtype: torch.dtype | None = None,
+        heads: int | None = None,
     ) -> None:
         _check_affine(elementwise_affine, "LayerNorm")
         checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
         eps = checks.as_number("eps", eps, at_least=0)
-        super().__init__(checks.as_shape(normalized_shape), eps, True, bias, device, dtype)
+        shape, heads = checks.as_shape(normalized_shape), _as_heads(heads)
+        super().__init__((*heads, *shape), eps, True, bias, device, dtype)  # parameters of this shape
+        self.normalized_shape, self.heads = shape, heads[0] if heads else None
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
             posterior=posterior, out_dtype=out_dtype,
@@ -355,7 +375,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
         elementwise_affine: must be True: the layer is about the scale.
         device, dtype: of the parameters.
         bias: True adds a shift with a posterior of its own, as KLLayerNorm has.
-        noise, sample_dim, init_std, prior_std, generator, out_dtype: as for `KLLayerNorm`.
+        noise, sample_dim, init_std, prior_std, generator, out_dtype, heads: as for `KLLayerNorm`.
         posterior: "sampled" or "deterministic", as for `KLLayerNorm`. Without a shift the deterministic KL is that of
             :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
 
@@ -366,14 +386,15 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
-            reading. All of `normalized_shape`; those of the shift None where there is none.
+            reading. All of `normalized_shape`, or (heads, \*normalized_shape); those of the shift None where there is
+            none.
     Buffers (persistent):
         weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.RMSNorm checkpoint becomes the prior; its
             shift is 0. weight_prior is None in the deterministic reading, bias_prior without a shift.
 
     Raises:
         TypeError, ValueError: as `klnorm.functional.kl_rms_norm`, and for elementwise_affine=False.
-        `klnorm.restore_rms_norm` refuses a layer with a shift.
+        `klnorm.restore_rms_norm` refuses a layer with a shift or with heads.
 
     Example:
         >>> layer = klnorm.KLRMSNorm(8, eps=1e-6)
@@ -381,6 +402,10 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
         >>> loss = y.square().mean() + layer.kl_divergence() / 1000
         >>> layer
         KLRMSNorm((8,), eps=1e-06, elementwise_affine=True, noise='sample', sample_dim=0, prior_std=0.1)
+        >>> norm_q, norm_k = (klnorm.KLRMSNorm(8, eps=1e-6, heads=heads) for heads in (4, 2))
+        >>> q, k = norm_q(torch.randn(2, 5, 4, 8)), norm_k(torch.randn(2, 5, 2, 8))
+        >>> q.shape, k.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([2, 5, 2, 8]))
     """
 
     _plain_class = nn.RMSNorm
@@ -402,12 +427,15 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
         generator: torch.Generator | None = None,
         posterior: checks.Posterior = "sampled",
         out_dtype: torch.dtype | None = None,
+        heads: int | None = None,
     ) -> None:
         _check_affine(elementwise_affine, "RMSNorm")
         checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
         eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
-        super().__init__(checks.as_shape(normalized_shape), eps, True, device, dtype)
+        shape, heads = checks.as_shape(normalized_shape), _as_heads(heads)
+        super().__init__((*heads, *shape), eps, True, device, dtype)  # parameters of this shape
+        self.normalized_shape, self.heads = shape, heads[0] if heads else None
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
@@ -432,6 +460,11 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.bias is None else ", bias=True")
+
+
+def _as_heads(heads):
+    """What comes before the normalized shape in that of the parameters."""
+    return () if heads is None else (checks.as_integer("heads", heads, at_least=1),)
 
 
 def _check_affine(elementwise_affine, norm):

@@ -14,10 +14,8 @@ from .layers import KLRMSNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 _PRIORS = "current", "standard"
-_WITHOUT_SHIFT = (
-    "layer.bias = layer.bias_rho = layer.bias_prior = None to do without it, or model.eval(), in which the layer "
-    "computes the norm of its means"
-)
+_EVALUATED = "model.eval(), in which the layer computes the norm of its means"
+_WITHOUT_SHIFT = f"layer.bias = layer.bias_rho = layer.bias_prior = None to do without it, or {_EVALUATED}"
 # By name, as torch need not have torch.distributed.
 _FSDP = "FSDPModule", "FullyShardedDataParallel"
 _WRAPPERS = "DistributedDataParallel", *_FSDP
@@ -180,8 +178,8 @@ def restore_layer_norm(model: Model) -> Model:
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: a layer is parametrized, or has a forward that accelerate put into it; the model is sharded by FSDP.
-            The model is then unchanged.
+        ValueError: a layer is parametrized, has heads, or a forward that accelerate put into it; the model is sharded
+            by FSDP. The model is then unchanged.
 
     Example:
         >>> model = klnorm.restore_layer_norm(klnorm.replace_layer_norm(nn.TransformerEncoderLayer(16, 2)))
@@ -218,6 +216,8 @@ def _restore(model, norms):
     layers = [(name, m) for name, m in layers if "_plain_class" in vars(plain_type(m))]
     for name, module in layers:
         check_uncovered(name, module, refuse)
+        if module.heads is not None:
+            refuse(name, f"has parameters of every head, which an nn.{norms.name} cannot hold", _EVALUATED)
         if isinstance(module, KLRMSNorm) and module.bias is not None:
             refuse(name, "has a shift, which an nn.RMSNorm cannot hold", _WITHOUT_SHIFT)
     for _, module in layers:

@@ -44,6 +44,15 @@ class Case:
             "noise": draw.choice(NOISES), "prior_std": draw.choice([0.125, 0.5, 2.0]),
             "eps": draw.choice([0.0, 2.0**-20, 0.5]), "sample_dim": draw.randrange(max(1, len(self.leading))),
         }  # fmt: skip
+        self.heads = ()
+
+    def choose_heads(self):
+        """Perhaps the last dimension before the normalized ones counts heads."""
+        per_head = 0 not in (self.leading or (0,)) and self.draw.random() < 0.3
+        if per_head:
+            self.heads = self.leading[-1:]
+            self.options["sample_dim"] = self.draw.randrange(max(1, len(self.leading) - 1))
+        return per_head
 
     def normal(self, size, dtype, centre=0.0, spread=1.0):
         return (centre + spread * torch.randn(size, dtype=torch.float64)).to(dtype).requires_grad_()
@@ -64,6 +73,7 @@ class Case:
     def parameters(self):
         """By name, None for what there is not; with groups of rows or without."""
         groups = self.draw.choice([(), (), (1,), self.leading[:1]]) if 0 not in self.leading else ()
+        groups = self.heads or groups
         there = {
             "weight": True,
             "bias": self.shift,
@@ -75,8 +85,8 @@ class Case:
         return {n: self.normal(size, self.parameter_dtype, centres[n]) if there[n] else None for n in PARAMETERS}
 
     def priors(self):
-        names = "weight_prior", "bias_prior"
-        return {n: self.draw.choice([0.25, -1.0, self.normal(self.shape, self.draw.choice(DTYPES))]) for n in names}
+        names, size = ("weight_prior", "bias_prior"), (*self.heads, *self.shape)
+        return {n: self.draw.choice([0.25, -1.0, self.normal(size, self.draw.choice(DTYPES))]) for n in names}
 
     def in_some_type(self, options):
         kind = self.draw.choice([float, Fraction, numpy.float64])
@@ -88,7 +98,9 @@ class Case:
 
 def functional_call(case):
     """(function, arguments by name, options of the reference)."""
+    per_head = case.choose_heads()
     options = {**case.options, **case.priors(), "posterior": case.posterior, "sample": case.draw.random() < 0.8}
+    options["per_head"] = per_head
     options["seed"] = torch.randint(-(2**63), 2**63 - 1, (1,))
     arguments = {
         "x": case.x(), "residual": case.residual(), "normalized_shape": case.draw.choice(SEQUENCES)(case.shape),
@@ -224,7 +236,7 @@ OPTIONS = {
 }  # fmt: skip
 IN_CALLS = {
     **OPTIONS, "eps": [v for v in AT_LEAST_0 if v is not None], "sample": FLAGS, "seed": SEEDS,
-    "normalized_shape": INPUT_SHAPES,
+    "per_head": FLAGS, "normalized_shape": INPUT_SHAPES,
 }  # fmt: skip
 IN_REPLACED = {**OPTIONS, "init_std": ABOVE_0}
 IN_LAYERS = {

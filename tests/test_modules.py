@@ -57,6 +57,7 @@ def test_is_an_nn_layer_norm_with_its_signature_and_the_options_of_the_design():
         "generator": None,
         "posterior": "sampled",
         "out_dtype": None,
+        "heads": None,
     }
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
