@@ -352,9 +352,9 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
         checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
         eps = checks.as_number("eps", eps, at_least=0)
-        shape, heads = checks.as_shape(normalized_shape), _as_heads(heads)
-        super().__init__((*heads, *shape), eps, True, bias, device, dtype)  # parameters of this shape
-        self.normalized_shape, self.heads = shape, heads[0] if heads else None
+        shape, of_heads = checks.as_shape(normalized_shape), _as_heads(heads)
+        super().__init__((*of_heads, *shape), eps, True, bias, device, dtype)  # parameters of this shape
+        self.normalized_shape, self.heads = shape, of_heads[0] if of_heads else None
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
             posterior=posterior, out_dtype=out_dtype,
@@ -433,9 +433,9 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
         checks.check_flag("bias", bias)
         checks.check_dtype(dtype)
         eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
-        shape, heads = checks.as_shape(normalized_shape), _as_heads(heads)
-        super().__init__((*heads, *shape), eps, True, device, dtype)  # parameters of this shape
-        self.normalized_shape, self.heads = shape, heads[0] if heads else None
+        shape, of_heads = checks.as_shape(normalized_shape), _as_heads(heads)
+        super().__init__((*of_heads, *shape), eps, True, device, dtype)  # parameters of this shape
+        self.normalized_shape, self.heads = shape, of_heads[0] if of_heads else None
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
