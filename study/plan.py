@@ -1,4 +1,4 @@
-"""What is run, in which order, and which settings the trials chose. The reasons: bench/STUDY.md."""
+"""What is run, in which order, and which settings the trials chose. The reasons: study/PLAN.md."""
 
 import json
 import math
@@ -119,7 +119,7 @@ def reporting(names, seeds, lines, sizes):
     if missing:
         raise ValueError(
             f"the trials of {', '.join(missing)} are not complete, expected all, with the same sizes. "
-            "Remedy: python -m bench.low_resource tune."
+            "Remedy: python -m study tune."
         )
     return [
         configuration("report", TASKS[name], arm, seed, settings[kind(TASKS[name]), arm], sizes)

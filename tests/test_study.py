@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import klnorm
-from bench.low_resource import __main__ as command
-from bench.low_resource import arms, data, models, plan, training
-from bench.low_resource.data import TASKS, Split
-from bench.low_resource.models import Classifier
+from study import __main__ as command
+from study import arms, data, models, plan, training
+from study.data import TASKS, Split
+from study.models import Classifier
 
 transformers = pytest.importorskip("transformers")
 
@@ -111,7 +111,7 @@ def small(command_name, model_folder, data_folder, output, *more):
 def test_trials_then_reporting_runs_then_nothing_is_left(model_folder, data_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         small("run", model_folder, data_folder, tmp_path)
-    assert "python -m bench.low_resource tune" in capsys.readouterr().err
+    assert "python -m study tune" in capsys.readouterr().err
     assert small("tune", model_folder, data_folder, tmp_path) == 0
     trials = command.read_lines(tmp_path)
     assert len(trials) == 15 * 4 * 2

@@ -7,10 +7,10 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from bench.low_resource import __main__ as command
-from bench.low_resource import arms, plan, plots, statistics
-from bench.low_resource import report as report_module
-from bench.low_resource.data import TASKS
+from study import __main__ as command
+from study import arms, plan, plots, statistics
+from study import report as report_module
+from study.data import TASKS
 
 pytest.importorskip("transformers")
 

@@ -3,7 +3,8 @@
 import statistics as st
 from collections import defaultdict
 
-from ..report import markdown
+from bench.report import markdown
+
 from .arms import ARMS
 from .data import TASKS
 from .plan import ATTRIBUTIONS, BASELINE, PRIMARY, REPORTED, SEEDS, TUNING, Sizes, arms_for, configuration, key
@@ -81,7 +82,7 @@ def report(lines, folder):
 def _about(results):
     done = "; ".join(f"{task} {len(seeds)}" for task, seeds in results.seeds.items() if seeds)
     text = (
-        "Made by `python -m bench.low_resource report`; the plan is in `bench/STUDY.md`. The text model is "
+        "Made by `python -m study report`; the plan is in `study/PLAN.md`. The text model is "
         "all-MiniLM-L6-v2, a sentence-embedding model, unless `--model` named another. "
         f"Seeds that every arm has finished, of {len(SEEDS)} planned: {done or 'none'}."
     )

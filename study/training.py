@@ -11,9 +11,9 @@ import torch
 from sklearn.metrics import matthews_corrcoef, roc_auc_score
 
 import klnorm
+from bench.measure import saved_bytes
 from klnorm.demo_report import accuracy, calibration_error, nll, reliability
 
-from ..measure import saved_bytes
 from .arms import ARMS, WARMUP
 from .data import TASKS, splits_of
 from .models import load_tokenizer, make_classifier

@@ -1,4 +1,4 @@
-"""Fine-tune with few examples, compare norms and regularizers.   Run: python -m bench.low_resource tune|run|report
+"""Fine-tune with few examples, compare norms and regularizers.   Run: python -m study tune|run|report
 
 tune: the trials that choose each arm's settings. run: the reporting runs with the settings chosen. Both append a line
 of JSON a run to lines.jsonl in the output folder and leave out what is there already. report: tables and plots of it.
@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..report import environment
+from bench.report import environment
+
 from . import plan
 from .data import TASKS
 from .models import DEFAULT_MODEL
 from .report import report
 from .training import run
 
-OUTPUT = Path(__file__).parents[1] / "results" / "low_resource"
+OUTPUT = Path(__file__).parent / "results"
 
 
 def read_lines(folder):
@@ -83,7 +84,7 @@ def _results(configs, data, device, jobs, deadline):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.low_resource", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("tune", "run", "report"))
     parser.add_argument("--data", help="folder with the study's files (see its README)")
     parser.add_argument("--hub", action="store_true", help="load the tasks by name with the datasets library instead")
