@@ -1,141 +1,56 @@
-"""The low-resource study: its statistics and its report."""
+"""The study: its report."""
 
-import itertools
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import pytest
+from study_inputs import TREC, made_up_lines, rows_of, squeezed
 
 from study import __main__ as command
 from study import arms, plan, plots, statistics
-from study import report as report_module
 from study.data import TASKS
+from study.report import in_short, report
+from study.results import Results
 
 pytest.importorskip("transformers")
 
-TREC = TASKS["trec"]
-
-# ---- Statistics ------------------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_sign_flips_by_brute_force():
-    difference = np.array([0.4, -0.1, 0.3, 0.25, 0.6, 0.05, -0.2])
-    flips = np.array(list(itertools.product((1, -1), repeat=len(difference))))
-    as_large = np.abs((flips * difference).mean(1)) >= difference.mean() - 1e-12
-    found = statistics.compare(difference + 1.0, np.ones(7))
-    assert found.p == pytest.approx(as_large.mean(), abs=1e-12)
-    assert found.mean == pytest.approx(difference.mean())
-    assert found.seeds == 7
+def report_of(lines, folder):
+    return squeezed(report(lines, folder))
 
 
-def test_sign_flips_of_accuracies_that_tie():
-    """Accuracies are k / 300: sums that are equal must count as equal, whatever they were rounded to."""
-    generator = np.random.default_rng(1)
-    for _ in range(30):
-        k, baseline = generator.integers(-6, 8, 8), generator.integers(200, 260, 8)
-        flips = np.array(list(itertools.product((1, -1), repeat=8)))
-        as_large = np.abs((flips * k).sum(1)) >= abs(k.sum())
-        found = statistics.compare((baseline + k) / 300, baseline / 300)
-        assert found.p == pytest.approx(as_large.mean(), abs=1e-12)
-
-
-def test_the_interval_is_the_bias_corrected_and_accelerated_one():
-    difference = np.array([0.02, 0.05, 0.1, 0.12, 0.2, 0.25, 0.4, 0.7, 1.3, 3.0])
-    draws = np.random.default_rng(9).choice(difference, (200_000, 10)).mean(1)
-    normal, mean = NormalDist(), difference.mean()
-    bias = normal.inv_cdf(((draws < mean).mean() + (draws <= mean).mean()) / 2)
-    left_out = mean - (difference.sum() - difference) / 9  # mean of the jackknife's means minus each
-    acceleration = (left_out**3).sum() / (6 * (left_out**2).sum() ** 1.5)
-    found = statistics.compare(difference, np.zeros(10))
-    for end, tail in (found.low, 0.025), (found.high, 0.975):
-        z = bias + normal.inv_cdf(tail)
-        level = normal.cdf(bias + z / (1 - acceleration * z))
-        # 10,000 draws there: a quantile has a standard error of sqrt(level (1 - level) / 10,000) in probability, and
-        # as much comes from the share of draws below the mean. A plain percentile interval is farther off.
-        error = 5 * (level * (1 - level) / 1e4) ** 0.5
-        assert abs((draws < end).mean() - level) < error < abs(tail - level)
-
-
-def test_differences_without_spread():
-    assert statistics.compare([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])[:4] == (0.0, 0.0, 0.0, 1.0)
-    assert statistics.compare([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])[:4] == (1.0, 1.0, 1.0, 0.25)  # 2 of 8 sign patterns
-    with pytest.raises(ValueError, match=r"2 seeds.*at least 3"):
-        statistics.compare([1.0, 2.0], [0.0, 0.0])
-
-
-def test_holm_by_hand():
-    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert statistics.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-
-
-# ---- The report ------------------------------------------------------------------------------------------------------
-
-
-def made_up_lines(seeds=5, better=0.1, tasks=("trec", "sst2", "fsdd")):
-    """Runs in which kl_sample has a test NLL lower by about `better`, all else random."""
-    generator = np.random.default_rng(0)
-    for seed, task, arm in ((s, TASKS[t], a) for s in range(seeds) for t in tasks for a in plan.arms_for(TASKS[t])):
-
-        def metrics(shift=0.0):
-            nll = 0.6 + 0.01 * generator.normal() - shift
-            bins = [[3, 0.5, 0.4]] * 10
-            return {"accuracy": 0.8 + 0.02 * generator.normal(), "nll": nll, "ece": 0.1, "mcc": 0.7, "bins": bins}
-
-        shift = better if arm == "kl_sample" else 0.0
-        found = {
-            "mean": {"train": metrics(), "test": metrics(shift)},
-            "mc": {"test": metrics(shift)},
-        }
-        for mode in found if task.name != "trec" else ():
-            found[mode]["ood"] = metrics()
-        layers = {"a": [0.1, 0.2, 3.0], "b": [0.3, 0.1, 2.0]} if arm.startswith("kl_") else {}
-        yield {
-            "config": plan.configuration("report", task, arm, seed, arms.ARMS[arm].GRID[0], plan.Sizes("m")),
-            "result": {
-                "metrics": found, "parameters": 10, "saved_bytes": 20, "peak_bytes": 30, "seconds": 1.0, "step_ms": 2.0,
-                "layers": layers,
-            },
-            "environment": {"device": "a device", "torch": "2", "commit": "abc"},
-        }  # fmt: skip
+def primary(text):
+    """The rows of the primary comparison, by task."""
+    return rows_of(text, "task | seeds")[1]
 
 
 def test_report_tells_the_difference_that_is_there(tmp_path):
-    text = report_module.report(list(made_up_lines(seeds=8)), tmp_path)
-    for task in "trec", "sst2", "fsdd":
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| {task} | 8 |")]
-        assert row.endswith("| better |")
-        assert abs(float(row.split("|")[3]) + 0.1) < 0.02
-        assert row.split("|")[5:7] == [" 0.0078 ", " 0.0234 "]  # 2 of 256 sign patterns, times three tasks
-    assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
+    text = report_of(list(made_up_lines(seeds=8)), tmp_path)
+    assert list(primary(text)) == ["trec", "sst2", "fsdd"]
+    for row in primary(text).values():
+        assert (row["seeds"], row["verdict at 5 %"]) == ("8", "better")
+        assert abs(float(row["difference"]) + 0.1) < 0.02
+        assert (row["p, sign flips"], row["p, Holm"]) == ("0.0078", "0.0234")  # 2 of 256 sign patterns, three tasks
+    assert squeezed((tmp_path / "report.md").read_text(encoding="utf-8")) == text
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["calibration.png", "differences.png", "posteriors.png"]
     assert all(f"]({p.name})" in text for p in tmp_path.glob("*.png"))
-    text = report_module.report(list(made_up_lines(seeds=8, better=-0.1)), tmp_path)
-    assert "| worse |" in text
-    text = report_module.report(list(made_up_lines(seeds=8, better=0.0)), tmp_path)
-    assert "no difference shown" in text
+    for better, verdict in (-0.1, "worse"), (0.0, "no difference shown"):
+        rows = primary(report_of(list(made_up_lines(seeds=8, better=better, tasks=("trec",))), tmp_path))
+        assert rows["trec"]["verdict at 5 %"] == verdict
 
 
 def test_report_corrects_for_all_tasks_of_the_plan_and_says_when_seeds_are_few(tmp_path):
-    text = report_module.report(list(made_up_lines(seeds=8, tasks=("trec",))), tmp_path)
-    assert "| 0.0078 | 0.0234 | better |" in text
-    for seeds, verdict in (6, "too few seeds to show one"), (7, "better"):  # 3 x 2 / 2^6 > 0.05 > 3 x 2 / 2^7
-        text = report_module.report(list(made_up_lines(seeds=seeds, tasks=("trec",))), tmp_path)
-        assert f"| {verdict} |" in text
-
-
-def rows_of(text, title):
-    """Header and rows of the first table whose header begins so: lists of cells."""
-    lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {title}"))
-    table = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
-    header, _, *rows = ([cell.strip() for cell in line[2:-2].split(" | ")] for line in table)
-    return header, {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    for seeds, p, verdict in (8, 0.0234, "better"), (7, 0.0469, "better"), (6, 0.0938, "too few seeds to show one"):
+        row = primary(report_of(list(made_up_lines(seeds=seeds, tasks=("trec",))), tmp_path))["trec"]
+        assert float(row["p, Holm"]) == p  # 3 x 2 / 2^seeds
+        assert row["verdict at 5 %"] == verdict
 
 
 def test_numbers_of_the_report_by_hand(tmp_path):
     lines = list(made_up_lines(seeds=5))
-    text = report_module.report(lines, tmp_path)
+    text = report_of(lines, tmp_path)
     runs = {(x["config"]["task"], x["config"]["arm"], x["config"]["seed"]): x["result"]["metrics"] for x in lines}
 
     def values(task, arm, mode, split, measure):
@@ -175,7 +90,7 @@ def test_numbers_of_the_report_by_hand(tmp_path):
     expected = 100 * ((train - test) - (base_train - base_test)).mean()
     assert rows["mixout"]["trec"].startswith(f"{expected:+.2f} (")
 
-    _, rows = rows_of(text, "largest |mean")
+    _, rows = rows_of(text, "largest distance of mean")
     assert rows["kl_token"]["trec"] == rows["kl_sample"]["sst2"] == "0.300, 2.50"  # of 0.1, 0.2, 3.0 and 0.3, 0.1, 2.0
     assert rows["kl_token"]["sst2"] == "-"
     assert "layer_norm" not in rows
@@ -189,23 +104,25 @@ def test_numbers_of_the_report_by_hand(tmp_path):
 
 def test_peak_memory_is_told_where_it_is_an_arm_s_own(tmp_path):
     lines = list(made_up_lines(seeds=3, tasks=("trec",)))
-    assert "| peak memory, bytes |" in report_module.report(lines, tmp_path)
+    assert "| peak memory, bytes |" in report_of(lines, tmp_path)
     for line in lines:
         line["environment"]["device"] = "CPU, x86_64"
-    text = report_module.report(lines, tmp_path)
+    text = report_of(lines, tmp_path)
     assert "peak memory" not in text
     assert "only a hint" in text
 
 
 def test_report_counts_whole_seeds_only(tmp_path):
     lines = list(made_up_lines(seeds=4, tasks=("trec",)))[:-1]
-    assert "| trec | 3 |" in report_module.report(lines, tmp_path)
+    text = report_of(lines, tmp_path)
+    assert primary(text)["trec"]["seeds"] == "3"
+    assert "| kl_affine |" in text
     without = [line for line in lines if line["config"]["arm"] != "kl_affine"]
-    text = report_module.report(without, tmp_path)  # of an arm that is not begun nothing is told
-    assert "| trec | 3 |" in text
-    assert "kl_affine" not in text
+    text = report_of(without, tmp_path)  # of an arm that is not begun nothing is told
+    assert primary(text)["trec"]["seeds"] == "3"
+    assert "| kl_affine |" not in text
     few = list(made_up_lines(seeds=2, tasks=("trec",)))
-    assert "trec 2. **Fewer than three" in report_module.report(few, tmp_path)
+    assert "trec 2. **Fewer than three" in report_of(few, tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"model": "another"}, {"steps": 7}, {"settings": {"lr": 1.0}}, {"data": "hub"}])
@@ -213,14 +130,35 @@ def test_report_mixes_no_configurations(change, tmp_path):
     lines = list(made_up_lines(seeds=3, tasks=("trec",)))
     other = dict(lines[0], config={**lines[0]["config"], **change, "seed": 99})
     with pytest.raises(ValueError, match=r"trec, layer_norm.*several models, sizes or settings.*--output"):
-        report_module.report([*lines, other], tmp_path)
+        report_of([*lines, other], tmp_path)
 
 
 def test_the_table_of_readme_is_that_of_the_lines_and_the_report():
-    table = report_module._in_short(report_module.Results(command.read_lines(command.OUTPUT)))
-    assert len(table.splitlines()) > 5
-    assert table in (command.OUTPUT / "report.md").read_text(encoding="utf-8")
-    assert table in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = squeezed(in_short(Results(command.read_lines(command.OUTPUT)), plan.REPORTED)).splitlines()
+    assert len(lines) > 5
+    for path in command.OUTPUT / "report.md", Path(__file__).parents[1] / "README.md":
+        text = squeezed(path.read_text(encoding="utf-8"))
+        assert lines[0] in text  # the line below it is "---", whose length is that of the column
+        assert "\n".join(lines[2:]) in text
+
+
+def test_tasks_of_the_replication_change_nothing_in_the_study_s_tables(tmp_path):
+    """They have tables of their own: Holm goes over the same tasks as before."""
+    lines = made_up_lines(seeds=4, tasks=(*plan.REPORTED, "cola", "clinc150"))
+    lines = [line for line in lines if line["config"]["arm"] in plan.LEAD_ARMS]
+    texts = [
+        report_of([line for line in lines if line["config"]["task"] in tasks], tmp_path)
+        for tasks in (plan.REPORTED, TASKS)
+    ]
+    for part, title in (
+        ("## In short", "accuracy %"), ("## What", "test nll, means"), ("## Posteriors", "largest"),
+        ("## Differences", "test nll, Monte Carlo"),
+    ):  # fmt: skip
+        before, after = (rows_of(text[text.index(part) :], title) for text in texts)
+        assert before == after
+    header, rows = rows_of(texts[1], "accuracy (cola: MCC) %, NLL")
+    assert header[1:] == ["cola", "cola, out of domain", "clinc150", "clinc150, out of domain"]
+    assert list(rows) == list(plan.LEAD_ARMS)
 
 
 def test_report_ranks_the_trials_over_the_seeds_that_all_settings_have(tmp_path):
@@ -233,7 +171,7 @@ def test_report_ranks_the_trials_over_the_seeds_that_all_settings_have(tmp_path)
         for seed, values in losses.items()
         for settings, nll in zip(arms.ARMS["dropout"].GRID, values, strict=False)
     ]
-    (row,) = [line for line in report_module.report(lines, tmp_path).splitlines() if line.startswith("| dropout | 2 |")]
+    (row,) = [line for line in report_of(lines, tmp_path).splitlines() if line.startswith("| dropout | 2 |")]
     assert [cell.split()[0] for cell in row.split("|")[3:7]] == ["1.700", "1.900", "2.000", "3.000"]
     assert row.split("|")[3].strip() == "1.700 (lr 0.0001, p 0.25)"
 
