@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -255,10 +256,10 @@ def needed(names):
     """What the tasks of these names need, and how to get it: a text."""
     hub, files = [], []
     for task in (TASKS[name] for name in names if not TASKS[name].speech):
-        splits = {source.name: [] for source in task.hub.values()}
-        for source in dict.fromkeys((source.name, source.split) for source in task.hub.values()):
-            splits[source[0]].append(source[1])
-        hub.append([task.name, ", ".join(f"{' '.join(name)} ({', '.join(found)})" for name, found in splits.items())])
+        splits = defaultdict(dict)
+        for source in task.hub.values():
+            splits[" ".join(source.name)][source.split] = None
+        hub.append([task.name, ", ".join(f"{name} ({', '.join(found)})" for name, found in splits.items())])
         files.append([task.name, ", ".join(task.files.values())])
     hub, files = (tabulate(rows, tablefmt="plain") for rows in (hub, files))
     return NEEDED.format(hub=hub, files=files, archive=speech.ARCHIVE, url=speech.URL, license=speech.LICENSE)

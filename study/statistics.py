@@ -16,7 +16,7 @@ def calibration(confidence, correct):
     `confidence`, `correct`: arrays (n,), float64, the latter of 0 and 1. The error is |accuracy - confidence| of the
     bins, averaged with their counts as weights; an empty bin has None for both.
     """
-    place = np.ceil(confidence * CALIBRATION_BINS).astype(int).clip(1, CALIBRATION_BINS) - 1
+    place = np.ceil(np.nan_to_num(confidence) * CALIBRATION_BINS).astype(int).clip(1, CALIBRATION_BINS) - 1
     count, *sums = (np.bincount(place, weights, CALIBRATION_BINS) for weights in (None, confidence, correct))
     bins = [
         [int(n), *(round(float(total / n), 4) if n else None for total in totals)]

@@ -69,3 +69,10 @@ def test_calibration_by_hand():
     error, bins = statistics.calibration(confidence, correct)
     assert bins == [[0, None, None]] * 4 + [[2, 0.475, 1.0]] + [[0, None, None]] * 3 + [[1, 0.9, 1.0], [2, 0.965, 0.5]]
     assert error == pytest.approx((abs(2 - 0.95) + abs(1 - 0.9) + abs(1 - 1.93)) / 5)
+
+
+def test_calibration_of_a_run_that_diverged(recwarn):
+    error, bins = statistics.calibration(np.full(3, np.nan), np.ones(3))
+    assert np.isnan(error)
+    assert [count for count, *_ in bins] == [3] + [0] * 9
+    assert not recwarn
