@@ -9,16 +9,16 @@ else
 PYTHON := python3
 VENV := $(or $(wildcard .venv/made-by-*),.venv/made-by-python3)
 endif
-BENCHES := $(sort $(basename $(notdir $(shell grep -ls __main__ bench/*.py))) $(patsubst bench/%/__main__.py,%,$(wildcard bench/*/__main__.py)))
+BENCHES := $(sort $(basename $(notdir $(shell grep -ls __main__ bench/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test budget lint format bench no-bench clean
+.PHONY: help demo test budget lint format bench no-bench study clean
 .NOTPARALLEL:
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "ARGS=...    options for demo, test and bench, as in make test ARGS='-k noise'"
+	@echo "ARGS=...    options for demo, test, bench and study, as in make test ARGS='-k noise'"
 	@echo "BENCH=...   the benchmark to run (default norms); there are: $(or $(BENCHES),none yet)"
 	@echo "PYTHON=...  the interpreter to use, 3.10 to 3.13 (default python3)"
 
@@ -45,6 +45,9 @@ bench: $(if $(filter $(BENCH),$(BENCHES)),$(INSTALLED),no-bench) ## run a benchm
 
 no-bench:
 	@echo "There is no benchmark bench/$(BENCH).py; there are: $(or $(BENCHES),none yet)" >&2; exit 1
+
+study: $(INSTALLED) ## run the study of few labels: what ARGS says, or its report
+	@$(RUN) study $(or $(ARGS),report)
 
 clean: ## remove the environment, build output and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

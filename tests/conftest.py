@@ -148,6 +148,26 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder with the study's tiny model."""
+    from study_inputs import make_model
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """A folder with the study's tiny data."""
+    from study_inputs import make_data
+
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def fresh_dynamo():
     """torch.compile without what an earlier test compiled, and without leaving anything."""

@@ -1,4 +1,4 @@
-"""What is run, in which order, and which settings the trials chose. The reasons: bench/STUDY.md."""
+"""What is run, in which order, and which settings the trials chose. The reasons: study/PLAN.md."""
 
 import json
 import math
@@ -29,13 +29,34 @@ class Tuning(NamedTuple):
 TUNING = {"text": Tuning(("trec",), (1000, 1001)), "speech": Tuning(("fsdd",), (1000, 1001))}
 REPORTED = "trec", "sst2", "fsdd"
 REPLICATED = "sick", "cola", "banking77", "clinc150"  # tasks of the replication alone
-LEADS = "layer_norm", "l2_sp", "kl_sample", "affine_lr", "kl_affine"  # its arms
+LEAD_ARMS = "layer_norm", "l2_sp", "kl_sample", "affine_lr", "kl_affine"
+MODES = {"mean": "means", "mc": "Monte Carlo"}
 FEW_ARMS = {
     # The longest texts; for time: the baselines that train alike, the primary arm, its ablations, the last norm alone.
-    "sst2": ("dropout", "kl_last", "noise_only", "kl_only", *LEADS),
-    **dict.fromkeys(REPLICATED, LEADS),
+    "sst2": ("dropout", "kl_last", "noise_only", "kl_only", *LEAD_ARMS),
+    **dict.fromkeys(REPLICATED, LEAD_ARMS),
     # From scratch all learns fast enough for scales and shifts to move.
     "fsdd": tuple(name for name in ARMS if name not in ("affine_lr", "kl_affine")),
+}
+
+
+class Lead(NamedTuple):
+    """A primary comparison of the replication: test NLL of `arm` minus `baseline`'s, in a mode of MODES, on `tasks`.
+
+    `seen`: the tasks on which it was seen before.
+    """
+
+    arm: str
+    baseline: str
+    mode: str
+    tasks: tuple
+    seen: tuple
+
+
+LEADS = {
+    "A": Lead("kl_sample", BASELINE, "mc", REPLICATED, REPORTED),
+    "B": Lead("kl_affine", BASELINE, "mc", ("sst2", *REPLICATED), ("trec",)),
+    "C": Lead("kl_affine", "affine_lr", "mean", ("sst2", *REPLICATED), ("trec",)),
 }
 
 
@@ -67,7 +88,7 @@ def configuration(stage, task, arm, seed, settings, sizes):
         "settings": {**settings, "lr": settings["lr"] * task.base_lr},
         "model": "" if task.speech else sizes.model, "steps": sizes.steps or task.steps,
         "train": sizes.train or task.train, "test": sizes.test, "samples": sizes.samples,
-        **({"data": "hub"} if sizes.hub else {}),
+        **({"data": "hub"} if sizes.hub and not task.speech else {}),
     }  # fmt: skip
 
 
@@ -119,7 +140,7 @@ def reporting(names, seeds, lines, sizes):
     if missing:
         raise ValueError(
             f"the trials of {', '.join(missing)} are not complete, expected all, with the same sizes. "
-            "Remedy: python -m bench.low_resource tune."
+            "Remedy: python -m study tune."
         )
     return [
         configuration("report", TASKS[name], arm, seed, settings[kind(TASKS[name]), arm], sizes)

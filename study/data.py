@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch.nn.utils.rnn import pad_sequence
+
+from . import speech
 
 SUBSET_SEED = 20261124  # of the test subsets, the same in every run
 MAX_TOKENS = 40
@@ -151,7 +155,7 @@ def splits_of(task, seed, source, tokenizer, train, test):
     """{"train", "dev", "test"[, "ood", "oos"]: Split} of a seed.
 
     `train` examples, about; at most `test` examples in each of the test sets. Development examples are the same for
-    every seed of a text task and are not trained on by any. `source`: see `text_rows` and `speech_recordings`.
+    every seed of a text task and are not trained on by any. `source`: see `text_rows` and `speech.recordings`.
     """
     if task.speech:
         return _speech_splits(task, seed, source, train, test)
@@ -169,6 +173,27 @@ def splits_of(task, seed, source, tokenizer, train, test):
     return found
 
 
+def _speech_splits(task, seed, source, train, test):
+    """One speaker is held out, in turn by seed: "ood". Of the others, takes are for "train", "dev" or "test"."""
+    recordings = speech.recordings(source)
+    digits, takes = torch.from_numpy(recordings["digit"]).long(), recordings["take"]
+    speakers = sorted(set(recordings["speaker"].tolist()))
+    held_out = recordings["speaker"] == speakers[seed % len(speakers)]
+    pools = {
+        "train": ~held_out & (takes % 3 == 0),
+        "dev": ~held_out & (takes % 3 == 1),
+        "test": ~held_out & (takes % 3 == 2),
+        "ood": held_out,
+    }
+    found = {}
+    for name, chosen in pools.items():
+        places = torch.from_numpy(np.flatnonzero(chosen))
+        picked = balanced(digits[places], task.classes, train, seed) if name == "train" else subset(len(places), test)
+        places = places[picked]
+        found[name] = Split([speech.frames(source, int(i)) for i in places], digits[places])
+    return found
+
+
 # ---- Text ------------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +203,9 @@ def text_rows(task, split, source):
         return _hub_rows(task, split)
     path = Path(source) / f"{task.files[split]}.jsonl.gz"
     if not path.exists():
-        raise ValueError(f"data is {source}, which holds no {path.name}. Remedy: the folder with the study's files.")
+        raise ValueError(
+            f"data is {source}, which holds no {path.name}. Remedy: python -m study data says what is needed."
+        )
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -209,58 +236,30 @@ def _encode(name, split, source, tokenizer):
     return Split(tensors, torch.tensor([row["label"] for row in rows]), segments)
 
 
-# ---- Speech ----------------------------------------------------------------------------------------------------------
+# ---- What is needed --------------------------------------------------------------------------------------------------
 
-BANDS = 40
-WINDOW_MS, HOP_MS = 25, 20
+NEEDED = """\
+Text, with --hub by name (pip install datasets):
 
+{hub}
 
-@cache
-def speech_recordings(source):
-    """The spoken digits of a data folder: dict of arrays, see its README."""
-    path = Path(source) / "fsdd.npz"
-    if not path.exists():
-        raise ValueError(f"data is {source}, which holds no fsdd.npz. Remedy: the folder with the study's files.")
-    with np.load(path) as archive:
-        return {name: archive[name] for name in archive.files}
+or with --data DIR from files DIR/NAME.jsonl.gz, lines of {{"text": ..., "label": 0}}, of pairs with "text_b" besides:
 
+{files}
 
-def _speech_splits(task, seed, source, train, test):
-    """One speaker is held out, in turn by seed: "ood". Of the others, takes are for "train", "dev" or "test"."""
-    recordings = speech_recordings(source)
-    digits, takes = torch.from_numpy(recordings["digit"]).long(), recordings["take"]
-    speakers = sorted(set(recordings["speaker"].tolist()))
-    held_out = recordings["speaker"] == speakers[seed % len(speakers)]
-    pools = {
-        "train": ~held_out & (takes % 3 == 0),
-        "dev": ~held_out & (takes % 3 == 1),
-        "test": ~held_out & (takes % 3 == 2),
-        "ood": held_out,
-    }
-    found = {}
-    for name, chosen in pools.items():
-        places = torch.from_numpy(np.flatnonzero(chosen))
-        picked = balanced(digits[places], task.classes, train, seed) if name == "train" else subset(len(places), test)
-        places = places[picked]
-        found[name] = Split([_frames(source, int(i)) for i in places], digits[places])
-    return found
+Speech, from DIR/{archive}. Download this archive ({license}) and unpack it,
+    {url}
+then: python -m study data --recordings UNPACKED/recordings --data DIR"""
 
 
-@cache
-def _frames(source, index):
-    """Log-mel frames (length, BANDS) of a recording, each band at mean 0, all at deviation 1."""
-    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
-
-    recordings = speech_recordings(source)
-    rate = int(recordings["sample_rate"])
-    window, hop = rate * WINDOW_MS // 1000, rate * HOP_MS // 1000
-    start, stop = recordings["offset"][index : index + 2]
-    samples = recordings["audio"][start:stop].astype(np.float64) / 2**15
-    filters = mel_filter_bank(129, BANDS, 50, rate / 2, rate)
-    bands = spectrogram(
-        np.pad(samples, (0, max(0, window - len(samples)))), window_function(window, "hann"), window, hop,
-        fft_length=256, power=2.0, mel_filters=filters, log_mel="log",
-    ).T  # fmt: skip
-    frames = torch.from_numpy(bands).float()
-    frames = frames - frames.mean(0)
-    return frames / frames.std().clamp_min(1e-6)
+def needed(names):
+    """What the tasks of these names need, and how to get it: a text."""
+    hub, files = [], []
+    for task in (TASKS[name] for name in names if not TASKS[name].speech):
+        splits = defaultdict(dict)
+        for source in task.hub.values():
+            splits[" ".join(source.name)][source.split] = None
+        hub.append([task.name, ", ".join(f"{name} ({', '.join(found)})" for name, found in splits.items())])
+        files.append([task.name, ", ".join(task.files.values())])
+    hub, files = (tabulate(rows, tablefmt="plain") for rows in (hub, files))
+    return NEEDED.format(hub=hub, files=files, archive=speech.ARCHIVE, url=speech.URL, license=speech.LICENSE)

@@ -2,33 +2,32 @@
 
 from .data import TASKS
 from .plan import BASELINE, PRIMARY
-from .statistics import compare
 
 DPI = 110
 POSTERIORS = {"kl_sample": "#4c72b0", "kl_token": "#dd8452", "kl_batch": "#55a868", "kl_affine": "#c44e52"}
 PICTURES = "differences", "posteriors", "calibration"
 
 
-def draw(results, folder):
-    """Write differences.png, posteriors.png and calibration.png."""
+def draw(results, tasks, folder):
+    """Of these tasks write differences.png, posteriors.png and calibration.png."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     for name, make in zip(PICTURES, (_differences, _posteriors, _calibration), strict=True):
-        figure = make(pyplot, results)
+        figure = make(pyplot, results, tasks)
         figure.savefig(folder / f"{name}.png", dpi=DPI)
         pyplot.close(figure)
 
 
-def _differences(pyplot, results):
+def _differences(pyplot, results, tasks):
     """A row of panels a task: accuracy and NLL of every arm minus the baseline's, at the means and by Monte Carlo."""
     columns = [("metric", "test"), ("nll", "test"), ("metric", "ood"), ("nll", "ood")]
     figure, axes = pyplot.subplots(
-        len(results.tasks), len(columns), figsize=(15, 3.6 * len(results.tasks)), squeeze=False, layout="constrained"
+        len(tasks), len(columns), figsize=(15, 3.6 * len(tasks)), squeeze=False, layout="constrained"
     )
-    for line, task in zip(axes, results.tasks, strict=True):
+    for line, task in zip(axes, tasks, strict=True):
         arms = [arm for arm in results.arms[task] if arm != BASELINE]
         for axis, (measure, split) in zip(line, columns, strict=True):
             if not results.has(task, split):
@@ -36,9 +35,7 @@ def _differences(pyplot, results):
                 continue
             axis.axvline(0, color="0.6", linewidth=1)
             for mode, color, offset in (("mean", "#4c72b0", -0.15), ("mc", "#dd8452", 0.15)):
-                found = [
-                    compare(*(results.values(task, a, mode, split, measure) for a in (arm, BASELINE))) for arm in arms
-                ]
+                found = [results.compare(task, arm, BASELINE, mode, split, measure) for arm in arms]
                 mean = [c.mean for c in found]
                 errors = [[c.mean - c.low for c in found], [c.high - c.mean for c in found]]
                 places = [i + offset for i in range(len(arms))]
@@ -52,12 +49,10 @@ def _differences(pyplot, results):
     return figure
 
 
-def _posteriors(pyplot, results):
+def _posteriors(pyplot, results, tasks):
     """Signal to noise of scales and shifts by layer, mean over seeds."""
-    figure, axes = pyplot.subplots(
-        1, len(results.tasks), figsize=(5 * len(results.tasks), 4.5), squeeze=False, layout="constrained"
-    )
-    for axis, task in zip(axes[0], results.tasks, strict=True):
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4.5), squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks, strict=True):
         for arm, color in POSTERIORS.items():
             if arm not in results.arms[task]:
                 continue
@@ -74,9 +69,9 @@ def _posteriors(pyplot, results):
     return figure
 
 
-def _calibration(pyplot, results):
+def _calibration(pyplot, results, tasks):
     """Accuracy against confidence, all seeds together, of the baseline and the primary arm."""
-    panels = [(task, split) for task in results.tasks for split in ("test", "ood") if results.has(task, split)]
+    panels = [(task, split) for task in tasks for split in ("test", "ood") if results.has(task, split)]
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4 * len(panels), 4), squeeze=False, layout="constrained", sharey=True
     )

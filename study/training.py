@@ -1,6 +1,5 @@
 """One run: train an arm on one seed of one task, evaluate it; a line of results."""
 
-import math
 import resource
 import statistics
 import sys
@@ -8,26 +7,30 @@ import time
 from types import SimpleNamespace
 
 import torch
-from sklearn.metrics import matthews_corrcoef, roc_auc_score
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, matthews_corrcoef, roc_auc_score
 
 import klnorm
-from klnorm.demo_report import accuracy, calibration_error, nll, reliability
+from bench.measure import saved_bytes
 
-from ..measure import saved_bytes
 from .arms import ARMS, WARMUP
 from .data import TASKS, splits_of
 from .models import load_tokenizer, make_classifier
+from .statistics import calibration
 
 CLIP = 1.0
 EVALUATION_BATCH = 64
-CALIBRATION_BINS = 10
+SMALLEST = 1e-12  # probability, in the negative log-likelihood
 
 
 def run(config, data, device):
-    """The results of `config`, a dict as `plan.configuration` makes it: a dict of numbers for one JSON line."""
+    """The results of `config`, a dict as `plan.configuration` makes it: a dict of numbers for one JSON line.
+
+    `data`: the folder of the examples, for what is not loaded from the hub.
+    """
     task, device = TASKS[config["task"]], torch.device(device)
     tokenizer = None if task.speech else load_tokenizer(config["model"])
-    splits = splits_of(task, config["seed"], data, tokenizer, config["train"], config["test"])
+    splits = splits_of(task, config["seed"], config.get("data", data), tokenizer, config["train"], config["test"])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model = make_classifier(task, config["seed"], config["model"], device)
@@ -117,16 +120,17 @@ def _probabilities(model, split, samples, device):
 
 
 def _metrics(probabilities, labels):
-    count, confidence, correct = reliability(probabilities, labels, CALIBRATION_BINS)
+    """Of class probabilities (n, classes) and labels (n,): a dict of numbers, and "bins" as `calibration` has them."""
+    probabilities = probabilities.double()
+    confidence, predicted = probabilities.max(1)
+    error, bins = calibration(confidence.numpy(), (predicted == labels).double().numpy())
     return {
-        "accuracy": accuracy(probabilities, labels),
-        "mcc": float(matthews_corrcoef(labels, probabilities.argmax(1))),
-        "nll": nll(probabilities, labels),
-        "ece": calibration_error(probabilities, labels, CALIBRATION_BINS),
-        "bins": [
-            [int(n), *(None if math.isnan(v) else round(v, 4) for v in (c, a))]
-            for n, c, a in zip(count.tolist(), confidence.tolist(), correct.tolist(), strict=True)
-        ],
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "mcc": float(matthews_corrcoef(labels, predicted)),
+        # Not sklearn's log_loss: it warns of fp32 probabilities, which sum to 1 within 1e-7.
+        "nll": F.nll_loss(probabilities.clamp_min(SMALLEST).log(), labels).item(),
+        "ece": error,
+        "bins": bins,
     }
 
 

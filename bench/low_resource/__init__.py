@@ -1,1 +1,0 @@
-"""The low-resource study: does KL-Norm help where labels are few? What was planned: bench/STUDY.md."""
