@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from .data import TASKS
-from .plan import BASELINE, arms_for, key
+from .plan import BASELINE, LATER, SEEDS, arms_for, key
 from .statistics import compare
 
 FEWEST = 3  # seeds: fewer of a task are no result
@@ -12,7 +12,8 @@ FEWEST = 3  # seeds: fewer of a task are no result
 class Results:
     """The reporting runs by (task, arm): {seed: result}.
 
-    A task has the arms that were begun, all of them after its first seed, and the seeds that all of those have.
+    A task has the arms that were begun, all of them after its first seed, and the seeds that all of those have. Arms
+    that came later join it when they have all seeds, so that they shorten no table meanwhile.
     """
 
     def __init__(self, lines):
@@ -31,9 +32,12 @@ class Results:
         environments = [line["environment"] for line in lines]
         self.on_gpu = not any(found["device"].startswith("CPU") for found in environments)
         self.environments = sorted({", ".join(f"{k} {v}" for k, v in found.items()) for found in environments})
-        self.arms = {name: [a for a in arms_for(task) if (name, a) in self.settings] for name, task in TASKS.items()}
+        self.arms = {name: [a for a in arms_for(task) if self._has_joined(name, a)] for name, task in TASKS.items()}
         self.seeds = {name: self.seeds_of(name, *arms) if arms else [] for name, arms in self.arms.items()}
         self.tasks = [name for name, seeds in self.seeds.items() if len(seeds) >= FEWEST]
+
+    def _has_joined(self, task, arm):
+        return len(self.runs.get((task, arm), ())) >= (len(SEEDS) if arm in LATER.get(task, ()) else 1)
 
     def seeds_of(self, task, *arms):
         """The seeds that all of these arms have."""

@@ -142,6 +142,18 @@ def test_the_table_of_the_docs_is_that_of_the_lines_and_the_report():
         assert "\n".join(lines[2:]) in text
 
 
+@pytest.mark.parametrize(("seeds", "joined"), [(3, False), (9, False), (10, True)])
+def test_arms_that_came_later_join_a_task_with_their_last_seed(seeds, joined):
+    lines = [
+        line
+        for line in made_up_lines(seeds=10, tasks=("sst2",))
+        if line["config"]["arm"] not in plan.LATER["sst2"] or line["config"]["seed"] < seeds
+    ]
+    found = Results(lines)
+    assert found.seeds["sst2"] == list(range(10))
+    assert ({"affine_lr", "kl_affine"} <= set(found.arms["sst2"])) is joined
+
+
 def test_tasks_of_the_replication_change_nothing_in_the_study_s_tables(tmp_path):
     """They have tables of their own: Holm goes over the same tasks as before."""
     lines = made_up_lines(seeds=4, tasks=(*plan.REPORTED, "cola", "clinc150"))
