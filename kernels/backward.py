@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from .gaussian import load_affine
 from .gradients import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .noise import load_key
-from .posterior import load_affine
 from .rows import BATCH_SIZES, among_all, group_start, rows_of, tiles_of
 
 

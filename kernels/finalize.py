@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from .gaussian import FLOOR, kl_rho_gradient, load_prior, sigmoid, softplus
 from .gradients import BIAS_SUM, SCALE_SUM, SHIFT_SUM, WEIGHT_SUM
 from .noise import SCALE_STREAM, SHIFT_STREAM, load_key, normals
-from .posterior import FLOOR, kl_rho_gradient, load_prior, sigmoid, softplus
 from .rows import BATCH_SIZES, among_all, group_start, in_group, load_parameter
 
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from .gaussian import load_affine, load_variances, store_kl
 from .noise import MERGED_STREAM, load_key, normals
-from .posterior import load_affine, load_variances, store_kl
 from .rows import BATCH_SIZES, among_all, group_start, load_tile, rows_of, store_statistics, store_tile, tiles_of
 
 

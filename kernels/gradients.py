@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from .gaussian import LEAST_VARIANCE, load_variances
 from .noise import MERGED_STREAM, SCALE_STREAM, SHIFT_STREAM, load_key, normals
-from .posterior import LEAST_VARIANCE, load_variances
 from .rows import among_all, as_int64, load_statistics, load_tile, store_tile
 
 # Slots of the partial sums [program, slot, feature].

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from .gaussian import load_affine, load_variances, prepared_at
 from .noise import load_key
-from .posterior import load_affine, load_variances, prepared_at
 from .rows import BATCH_SIZES, group_start
 
 

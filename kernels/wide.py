@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from .forward import affine, load_first, load_sum, reciprocal_root, rows_at
+from .gaussian import load_affine, store_kl
 from .gradients import add_sums, draws_of, load_normalized, merged_cotangent, store_dx, store_sums
 from .noise import load_key
-from .posterior import load_affine, store_kl
 from .rows import (
     BATCH_SIZES,
     among_all,

@@ -18,7 +18,7 @@ from . import tuning
 from .kernels.backward import backward_kernel
 from .kernels.finalize import finalize_kernel
 from .kernels.forward import forward_kernel
-from .kernels.posterior import LEAST_VARIANCE
+from .kernels.gaussian import LEAST_VARIANCE
 from .kernels.prepare import prepare_kernel
 from .kernels.rows import Mode, Tile
 from .kernels.wide import dx_wide_kernel, forward_wide_kernel, sums_wide_kernel
