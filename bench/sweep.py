@@ -1,7 +1,7 @@
 """Which tiles are fastest on a GPU: every candidate of every kernel beside the tuned one.   Run: python -m bench.sweep
 
     python -m bench.sweep [--n 256 4096] [--noise token] [--direction forward] [--minutes 3] [--output DIR]
-    python -m bench.sweep --table DIR/sweep.json       the table of bench/NOTES.md
+    python -m bench.table DIR/sweep.json
 
 Processes side by side compile all candidates first. Each is then timed as `timing.py` says, on M x N = 64 Mi elements
 in bf16, and its results are compared with those of the tuned tile. Without a GPU it ends after compiling, and prints
@@ -11,7 +11,6 @@ registers, spills, shared memory and how many warps these leave a multiprocessor
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import sys
 import time
@@ -20,12 +19,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from tabulate import tabulate
 from torch.utils._pytree import tree_map
 
 from klnorm import launch, tuning
 
 from . import report, timing
-from .inspect import calls, compile_ahead, usage
+from .inspect import ARCHITECTURES, calls, compile_ahead, usage
 
 WIDTHS = 256, 1024, 4096, 8192, 16384
 NOISES = "shared", "token"
@@ -34,7 +34,7 @@ ELEMENTS = 64 << 20
 BEST = 5
 TENSORS = {"forward": 2, "backward": 3, "sums": 2}  # of the size of x that a kernel reads and writes at least
 MEASUREMENT_MS = 20.0
-CAPABILITY, MULTIPROCESSORS = 90, 132  # where there is no GPU
+CAPABILITY, MULTIPROCESSORS = ARCHITECTURES["sm_90"]  # where there is no GPU
 REGISTERS, SHARED_BYTES, MOST_WARPS, MOST_PROGRAMS = 65536, 227 << 10, 64, 32  # of a multiprocessor
 
 
@@ -165,9 +165,6 @@ def differ(results, tuned):
 
 def main(arguments=None):
     options = parse(arguments)
-    if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return 0
     begun, gpu = time.monotonic(), torch.cuda.is_available()
     cases = [
         (direction, noise, n, shape)
@@ -200,7 +197,6 @@ def parse(arguments):
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after so many (default: 3)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of sweep.json")
-    parser.add_argument("--table", type=Path, help="print the table of this file, and nothing else")
     return parser.parse_args(arguments)
 
 
@@ -225,7 +221,6 @@ def record_of(case, found, ms=None, wrong=None):
 
 def measured(cases, found, clock, result, deadline):
     """Time case after case that was compiled, until the deadline."""
-    timing.BUDGET_MS = MEASUREMENT_MS
     for (noise, n), group in itertools.groupby(cases, key=lambda case: case[1:3]):
         bench, tuned = None, {}
         for case in group:
@@ -247,38 +242,36 @@ def _time(bench, case, found, tuned):
         run()
         results = [None if t is None else t.clone() for t in results]
         wrong = differ(results, tuned.setdefault(direction, results))
-        return record_of(case, found, timing.measure(run, bench.clock).median_ms, wrong)
+        return record_of(case, found, timing.measure(run, bench.clock, MEASUREMENT_MS).median_ms, wrong)
     except Exception as error:  # one that does not launch must not end the sweep
         return record_of(case, found | {"why": report.reason(error)})
 
 
 def table(result):
     """The best of every kernel beside the tuned one, as Markdown; without times, those of most warps."""
-    lines = [
-        "| N | noise | kernel | rows x features, warps, stages, programs | ms | of copy "
-        "| registers, spilled, shared | warps |",
-        "|---" * 8 + "|",
-    ]
-    records = [r for r in result["records"] if not r["why"] and r["wrong"] is None]
-    for _, group in itertools.groupby(records, key=lambda r: (r["n"], r["noise"], r["direction"])):
-        group = sorted(group, key=lambda r: (r["ms"] or 0, r["spilled"], -r["warps"]))
-        lines += [_line(r, result["copy_gbps"]) for r in group if r in group[:BEST] or r["tuned"]]
     bad = [r for r in result["records"] if r["why"] or r["wrong"] is not None]
-    lines += [f"\n{r['direction']} {r['noise']} {r['n']} {r['shape']}: {r['why'] or r['wrong']}" for r in bad]
-    return "\n".join(lines + ([f"\n{result['not_run']} candidates were not run"] if result["not_run"] else []))
+    rows = []
+    for _, group in itertools.groupby(
+        (r for r in result["records"] if r not in bad), key=lambda r: (r["n"], r["noise"], r["direction"])
+    ):
+        group = sorted(group, key=lambda r: (r["ms"] or 0, r["spilled"], -r["warps"]))
+        rows += [_cells(r, result["copy_gbps"]) for r in group if r in group[:BEST] or r["tuned"]]
+    parts = [tabulate(rows, "keys", tablefmt="github", disable_numparse=True)]
+    parts += [f"{r['direction']} {r['noise']} {r['n']} {r['shape']}: {r['why'] or r['wrong']}" for r in bad]
+    return "\n\n".join([*parts, *([f"{result['not_run']} candidates were not run"] if result["not_run"] else [])])
 
 
-def _line(record, copy_gbps):
+def _cells(record, copy_gbps):
     rows, features, warps, stages, programs = record["shape"]
-    shape = f"{rows} x {features}, {warps}, {stages}, {programs}" + (" (tuned)" if record["tuned"] else "")
-    ms = share = ""
-    if record["ms"] is not None:
-        ms = f"{record['ms']:.4f}"
-        if record["direction"] in TENSORS:
-            share = f"{TENSORS[record['direction']] * ELEMENTS * 2 / record['ms'] / 1e6 / copy_gbps:.2f}"
-    usage_ = f"{record['registers']}, {record['spilled']}, {record['shared']}"
-    cells = record["n"], record["noise"], record["direction"], shape, ms, share, usage_, record["warps"]
-    return f"| {' | '.join(map(str, cells))} |"
+    ms, gb = record["ms"], TENSORS.get(record["direction"], 0) * ELEMENTS * 2 / 1e6
+    return {
+        "N": record["n"], "noise": record["noise"], "kernel": record["direction"],
+        "rows x features, warps, stages, programs": f"{rows} x {features}, {warps}, {stages}, {programs}"
+        + (" (tuned)" if record["tuned"] else ""),
+        "ms": ms and f"{ms:.4f}", "of copy": f"{gb / ms / copy_gbps:.2f}" if ms and gb else "",
+        "registers, spilled, shared": f"{record['registers']}, {record['spilled']}, {record['shared']}",
+        "warps": record["warps"],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
