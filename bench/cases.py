@@ -1,5 +1,6 @@
 """What is measured: operations, shapes, dtypes, noise modes, contestants; most telling first, a budget may cut it."""
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,45 +114,42 @@ def is_large(record):
     return record["dtype"] == "bf16" and record["elements"] >= LARGE_ELEMENTS
 
 
+# Contestants (None: all at hand), operations, shapes, dtypes, noises: stages in order of worth.
+NORM, BF16 = ("layer_norm",), ("bf16",)
+STAGES = (
+    (("klnorm", "native"), NORM, (BERT,), BF16, ("batch",)),
+    (("klnorm",), NORM, LARGE_SHAPES, BF16, KLNORM_NOISES),
+    (None, NORM, LARGE_SHAPES, BF16, ("batch",)),
+    (None, FAMILY, LARGE_SHAPES[:3], BF16, ("batch",)),
+    (("klnorm",), ("rms_norm",), LARGE_SHAPES, BF16, KLNORM_NOISES),
+    (None, NORM, (BERT,), BF16, KLNORM_NOISES),
+    (("klnorm", "native", "compiled"), NORM, SMALL_SHAPES, BF16, KLNORM_NOISES),
+    (None, NORM, LARGE_SHAPES[:1], ("bf16", "fp32", "fp16"), KLNORM_NOISES),
+    (None, NORM, SMALL_SHAPES, BF16, ("batch",)),
+    (None, FAMILY, (*LARGE_SHAPES, BERT), BF16, ("batch", "token")),
+)
+QUICK_STAGES = (
+    (("klnorm", "native"), NORM, (BERT,), BF16, ("batch",)),
+    (("klnorm",), NORM, LARGE_SHAPES[:5], BF16, KLNORM_NOISES),
+    (None, NORM, LARGE_SHAPES[:1], BF16, ("batch",)),
+    (("klnorm", "unfused"), ("rms_norm", "residual"), LARGE_SHAPES[:1], BF16, ("batch",)),
+)
+
+
 def plan(families, quick=False):
-    """Cases in order of worth; `families` maps operations to {contestant at hand: its family}."""
+    """Cases in order of worth; `families` maps operations to {contestant at hand: its family}.
 
-    def cases(names, shape, noises, dtype="bf16", operation="layer_norm"):
-        """Those of `names` at hand (None: all); a normalization without noise has the one "noise" it has."""
-        at_hand, wanted = families[operation], {LAYER_NORM, *noises}
-        return [
-            Case(name, noise, shape, dtype, operation)
-            for name in names or at_hand
-            if name in at_hand
-            for noise in noises_of(at_hand[name])
-            if noise in wanted
-        ]
-
-    middle = LARGE_SHAPES[0]
-    planned = cases(("klnorm", "native"), BERT, ("batch",))
-    for shape in LARGE_SHAPES[:5] if quick else LARGE_SHAPES:
-        planned += cases(("klnorm",), shape, KLNORM_NOISES)
-    for shape in LARGE_SHAPES[:1] if quick else LARGE_SHAPES:
-        planned += cases(None, shape, ("batch",))
-    if quick:
-        planned += cases(("klnorm",), middle, ("batch",), operation="rms_norm")
-        planned += cases(("klnorm", "unfused"), middle, ("batch",), operation="residual")
-    else:
-        for shape in LARGE_SHAPES[:3]:
-            for operation in FAMILY:
-                planned += cases(None, shape, ("batch",), operation=operation)
-        for shape in LARGE_SHAPES:
-            planned += cases(("klnorm",), shape, KLNORM_NOISES, operation="rms_norm")
-        planned += cases(None, BERT, KLNORM_NOISES)
-        for shape in SMALL_SHAPES:
-            planned += cases(("klnorm", "native", "compiled"), shape, KLNORM_NOISES)
-        for dtype in "bf16", "fp32", "fp16":
-            planned += cases(None, middle, KLNORM_NOISES, dtype)
-        for shape in SMALL_SHAPES:
-            planned += cases(None, shape, ("batch",))
-        for shape in *LARGE_SHAPES, BERT:
-            for operation in FAMILY:
-                planned += cases(None, shape, ("batch", "token"), operation=operation)
+    A normalization without noise has the one "noise" it has.
+    """
+    planned = [
+        Case(name, noise, shape, dtype, operation)
+        for names, operations, shapes, dtypes, noises in (QUICK_STAGES if quick else STAGES)
+        for shape, dtype, operation in itertools.product(shapes, dtypes, operations)
+        for name in names or families[operation]
+        if name in families[operation]
+        for noise in noises_of(families[operation][name])
+        if noise in (LAYER_NORM, *noises)
+    ]
     return list(dict.fromkeys(planned))
 
 

@@ -20,12 +20,11 @@ from unittest import mock
 
 import torch
 from tabulate import tabulate
-from torch.utils._pytree import tree_map
 
 from klnorm import launch, tuning
 
 from . import report, timing
-from .inspect import ARCHITECTURES, calls, compile_ahead, usage
+from .inspect import ARCHITECTURES, calls, compile_ahead, flat, usage
 
 WIDTHS = 256, 1024, 4096, 8192, 16384
 NOISES = "shared", "token"
@@ -74,7 +73,7 @@ def _first(tuned, shapes):
 
 
 def call_of(direction, noise, n, shape, multiprocessors=MULTIPROCESSORS, device="meta"):
-    """(Call, tensors without memory) of a candidate."""
+    """(Call, arguments of its launch) of a candidate."""
     with mock.patch.object(tuning, tuner_of(direction, n), return_value=shape):
         return calls(n, torch.bfloat16, noise, multiprocessors, ELEMENTS // n, device)[direction]
 
@@ -84,8 +83,8 @@ def compile_candidate(case, capability):
     direction, noise, n, shape = case
     found = dict.fromkeys(("registers", "spilled", "shared", "warps", "why"))
     try:
-        call, tensors = call_of(direction, noise, n, shape)
-        compiled = compile_ahead(call, tensors, capability)
+        call, arguments = call_of(direction, noise, n, shape)
+        compiled = compile_ahead(call, flat(*arguments), capability)
         registers, spilled = usage(compiled)
     except Exception as error:  # a tile may be too large for the compiler
         return found | {"why": report.reason(error)}
@@ -99,56 +98,6 @@ def resident_warps(registers, shared, num_warps):
     by_registers = REGISTERS // (32 * num_warps * -(-registers // 8) * 8)
     by_shared = SHARED_BYTES // (shared + 1024)  # each program has a kilobyte beside
     return num_warps * min(by_registers, by_shared, MOST_WARPS // num_warps, MOST_PROGRAMS)
-
-
-class Bench:
-    """Tensors of one width and noise on the GPU, and the clock."""
-
-    def __init__(self, clock, noise, n):
-        self.clock, self.noise, self.n = clock, noise, n
-        self.multiprocessors = launch._multiprocessors(clock.device)
-        made = {}
-
-        def real(tensor):
-            if id(tensor) not in made:
-                made[id(tensor)] = tensor, self._filled(tensor)
-            return made[id(tensor)][1]
-
-        launches = calls(n, torch.bfloat16, noise, self.multiprocessors, ELEMENTS // n, clock.device)
-        self.tensors = {}
-        for kind, (call, tensors) in launches.items():  # in the order in which one needs what another makes
-            self.tensors[kind] = tree_map(lambda t: None if t is None else real(t), tensors)
-            launch_with(call, self.tensors[kind])
-
-    def _fitting(self, have, wanted):
-        """A tensor that is there; another where a candidate needs other partial sums."""
-        return have if have is None or have.shape == wanted.shape else self._filled(wanted)
-
-    def _filled(self, tensor):
-        if tensor.dtype == torch.int64:
-            return torch.full(tensor.shape, 7, device=self.clock.device)
-        return torch.randn(tensor.shape, device=self.clock.device, dtype=torch.float32).to(tensor.dtype)
-
-    def results(self, direction, shape):
-        """(function that launches a candidate, the tensors that it writes)."""
-        call, tensors = call_of(direction, self.noise, self.n, shape, self.multiprocessors, self.clock.device)
-        tensors = tree_map(self._fitting, self.tensors[direction], tensors)
-        return lambda _=0: launch_with(call, tensors), written(direction, tensors)
-
-
-def launch_with(call, tensors):
-    """Launch with tensors in the order of the kernel's arguments."""
-    at = next(i for i, t in enumerate(tensors) if hasattr(t, "weight"))
-    call.launch(tensors[:at], tensors[at], tensors[at + 1], tensors[at + 2 :])
-
-
-def written(direction, tensors):
-    """What results are compared by: outputs, sums over programs."""
-    if direction == "forward":
-        return tensors[-2][:1]
-    if direction == "finalize":
-        return tensors[-1]
-    return tensors[-2][:1] if direction == "backward" and isinstance(tensors[-2], tuple) else tensors[-1:]
 
 
 def differ(results, tuned):
@@ -221,30 +170,34 @@ def record_of(case, found, ms=None, wrong=None):
 
 def measured(cases, found, clock, result, deadline):
     """Time case after case that was compiled, until the deadline."""
-    for (noise, n), group in itertools.groupby(cases, key=lambda case: case[1:3]):
-        bench, tuned = None, {}
-        for case in group:
-            if time.monotonic() > deadline or case not in found:
-                result["not_run"] += 1
-            elif found[case]["why"]:
-                result["records"].append(record_of(case, found[case]))
-            else:
-                bench = bench or Bench(clock, noise, n)
-                result["records"].append(_time(bench, case, found[case], tuned))
-        del bench, tuned
-        torch.cuda.empty_cache()
+    multiprocessors, tuned = launch._multiprocessors(clock.device), {}
+    for case in cases:
+        if time.monotonic() > deadline or case not in found:
+            result["not_run"] += 1
+            continue
+        ms = wrong = None
+        if found[case]["why"] is None:
+            try:
+                ms, wrong = timed(case, clock, multiprocessors, tuned)
+            except Exception as error:  # one that does not launch must not end the sweep
+                found[case] = found[case] | {"why": report.reason(error)}
+        result["records"].append(record_of(case, found[case], ms, wrong))
 
 
-def _time(bench, case, found, tuned):
-    direction, *_, shape = case
-    try:
-        run, results = bench.results(direction, shape)
-        run()
-        results = [None if t is None else t.clone() for t in results]
-        wrong = differ(results, tuned.setdefault(direction, results))
-        return record_of(case, found, timing.measure(run, bench.clock, MEASUREMENT_MS).median_ms, wrong)
-    except Exception as error:  # one that does not launch must not end the sweep
-        return record_of(case, found | {"why": report.reason(error)})
+def timed(case, clock, multiprocessors, tuned):
+    """(milliseconds, how far results are from those of the first of its kind, which `tuned` holds)."""
+    call, arguments = call_of(*case, multiprocessors, clock.device)
+    results = written(case[0], arguments[-1])
+    if case[:3] not in tuned:
+        tuned.clear()  # those of other kinds are not needed any more
+        tuned[case[:3]] = results
+    ms = timing.measure(lambda _: call.launch(*arguments), clock, MEASUREMENT_MS).median_ms
+    return ms, differ(results, tuned[case[:3]])
+
+
+def written(direction, outputs):
+    """What results are compared by."""
+    return outputs if direction == "sums" else outputs[0] if direction == "finalize" else outputs[0][:1]
 
 
 def table(result):
