@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +98,6 @@ def run_through(items, measure, show, result, path, deadline=math.inf):
 
 
 def markdown(header, rows):
-    """A Markdown table; the first column to the left, the others to the right."""
-    aligned = "left", *["right"] * (len(header) - 1)
-    return tabulate(rows, header, tablefmt="github", colalign=aligned, disable_numparse=True)
+    """A Markdown table of the study; the first column to the left, the others to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

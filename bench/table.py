@@ -5,10 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+from tabulate import tabulate
+
 from . import sweep
 from .cases import FAMILY, KLNORM_NOISES, LAYER_NORM, is_large
 from .contestants import OF_OPERATION
-from .report import describe, markdown
+from .report import describe
 
 
 def main(arguments=None):
@@ -43,7 +45,7 @@ def _kept(records):
         [_label(*name), *(f"{of.get(noise, of.get(LAYER_NORM)):,}" for noise in noises)] for name, of in kept.items()
     ]
     header = f"bytes beside x ({largest[0]['x_bytes']:,}) and parameters, {largest[0]['shape']} bf16"
-    return markdown([header, *(f"{noise} noise" for noise in noises)], rows)
+    return _table([header, *(f"{noise} noise" for noise in noises)], rows)
 
 
 def _label(operation, contestant):
@@ -57,7 +59,7 @@ def training(result):
     models, norms = (list(dict.fromkeys(r[key] for r in records)) for key in ("model", "norm"))
     found = {(r["norm"], r["model"]): f"{r['device_ms'] or r['wall_ms']:.1f}" for r in records if r["why"] is None}
     rows = [[norm, *(found.get((norm, model), "") for model in models)] for norm in norms]
-    return f"{_where(result)}\n\n{markdown(['a training step, ms', *models], rows)}"
+    return f"{_where(result)}\n\n{_table(['a training step, ms', *models], rows)}"
 
 
 def _where(result):
@@ -105,7 +107,13 @@ def _by_width(header, labels, found):
     """A row per label of what was found, {(key, width): cell}."""
     keys, widths = ({at[i] for at in found} for i in (0, 1))
     rows = [[label, *(found.get((key, n), "") for n in sorted(widths))] for key, label in labels.items() if key in keys]
-    return markdown([header, *(f"N={n}" for n in sorted(widths))], rows)
+    return _table([header, *(f"N={n}" for n in sorted(widths))], rows)
+
+
+def _table(header, rows):
+    """The first column to the left, the others to the right."""
+    aligned = "left", *["right"] * (len(header) - 1)
+    return tabulate(rows, header, tablefmt="github", colalign=aligned, disable_numparse=True)
 
 
 if __name__ == "__main__":
