@@ -68,6 +68,17 @@ def test_wide_candidates_too(small, monkeypatch, direction):
     assert [(r["wrong"], r["why"], r["ms"]) for r in result["records"]] == [(None, None, 1.0)] * 2
 
 
+@pytest.mark.parametrize(
+    ("direction", "shapes"), [("forward", [(8, 64)]), ("backward", [(8, 64)]), ("finalize", 4 * [(1, 64)])]
+)
+def test_candidates_are_compared_by_what_their_kernel_writes(small, direction, shapes):
+    (tuned,) = sweep.candidates(direction, "token", 64)[:1]
+    _, arguments = sweep.call_of(direction, "token", 64, tuned, 2, "cpu")
+    results = sweep.written(direction, arguments[-1])
+    assert [tuple(t.shape) for t in results] == shapes
+    assert all(t.isfinite().all() and t.any() for t in results)
+
+
 def test_wrong_results_are_told_and_not_ranked(small, monkeypatch):
     monkeypatch.setattr(sweep, "differ", lambda results, tuned: None if results is tuned else 0.5)
     shapes = sweep.candidates("forward", "shared", 64)[:2]
