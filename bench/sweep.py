@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from pathlib import Path
 from unittest import mock
 
@@ -153,7 +153,7 @@ def compile_all(cases, capability, workers, deadline):
     """{case: what was found}, for as many as there is time for."""
     found, pool = {}, ProcessPoolExecutor(workers)
     waiting = {pool.submit(compile_candidate, case, capability): case for case in cases}
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError):  # not yet the built-in one in Python 3.10
         for done in as_completed(waiting, timeout=max(1, deadline - time.monotonic())):
             found[waiting[done]] = done.result()
     pool.shutdown(cancel_futures=True)
