@@ -6,7 +6,7 @@ from runpy import run_path
 from setuptools import find_packages, setup
 
 DEMO = ["scikit-learn", "scipy>=1.15", "matplotlib", "tabulate", "tqdm"]
-BENCH = ["matplotlib", "tabulate", "tqdm"]
+BENCH = ["tabulate", "tqdm", "transformers>=5"]
 HF = ["transformers>=5", "accelerate"]
 LIGHTNING = ["lightning>=2.4"]
 STUDY = [*DEMO, *HF]

@@ -1,6 +1,6 @@
 """What is measured: operations, shapes, dtypes, noise modes, contestants; most telling first, a budget may cut it."""
 
-import math
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,8 +72,7 @@ class Case:
     def parameter_shape(self):
         return (self.shape.samples, self.shape.width) if self.variant.groups else (self.shape.width,)
 
-    @property
-    def key(self):
+    def __str__(self):
         return f"{name_of(self.operation, self.contestant)}/{self.noise}/{self.shape}/{self.dtype}"
 
 
@@ -82,13 +81,8 @@ def name_of(operation, contestant):
     return contestant if operation == "layer_norm" else f"{operation}/{contestant}"
 
 
-def operation_of(record):
-    """The operation of a record; those written before there was a choice are LayerNorm's."""
-    return record.get("operation", "layer_norm")
-
-
-# At least 64 Mi elements each, the size that the targets speak of: far more than L2 holds.
-TARGET_SHAPES = [
+# At least 64 Mi elements each, far more than L2 holds.
+LARGE_SHAPES = [
     Shape(32, 512, 4096),
     Shape(128, 512, 1024),
     Shape(16, 512, 8192),
@@ -98,7 +92,7 @@ TARGET_SHAPES = [
     Shape(64, 512, 2048),
     Shape(8, 512, 32768),
 ]
-TARGET_ELEMENTS = min(shape.elements for shape in TARGET_SHAPES)
+LARGE_ELEMENTS = min(shape.elements for shape in LARGE_SHAPES)
 BERT = Shape(8, 128, 768)
 SMALL_SHAPES = [
     Shape(8, 512, 256),
@@ -115,65 +109,56 @@ def noises_of(family):
     return {"klnorm": KLNORM_NOISES, "kl": KL_NOISES}.get(family, (LAYER_NORM,))
 
 
+def is_large(record):
+    """Whether a record's time is one of bf16 at a large shape, of which the tables are made."""
+    return record["dtype"] == "bf16" and record["elements"] >= LARGE_ELEMENTS
+
+
+# Contestants (None: all at hand), operations, shapes, dtypes, noises: stages in order of worth.
+NORM, BF16 = ("layer_norm",), ("bf16",)
+STAGES = (
+    (("klnorm", "native"), NORM, (BERT,), BF16, ("batch",)),
+    (("klnorm",), NORM, LARGE_SHAPES, BF16, KLNORM_NOISES),
+    (None, NORM, LARGE_SHAPES, BF16, ("batch",)),
+    (None, FAMILY, LARGE_SHAPES[:3], BF16, ("batch",)),
+    (("klnorm",), ("rms_norm",), LARGE_SHAPES, BF16, KLNORM_NOISES),
+    (None, NORM, (BERT,), BF16, KLNORM_NOISES),
+    (("klnorm", "native", "compiled"), NORM, SMALL_SHAPES, BF16, KLNORM_NOISES),
+    (None, NORM, LARGE_SHAPES[:1], ("bf16", "fp32", "fp16"), KLNORM_NOISES),
+    (None, NORM, SMALL_SHAPES, BF16, ("batch",)),
+    (None, FAMILY, (*LARGE_SHAPES, BERT), BF16, ("batch", "token")),
+)
+QUICK_STAGES = (
+    (("klnorm", "native"), NORM, (BERT,), BF16, ("batch",)),
+    (("klnorm",), NORM, LARGE_SHAPES[:5], BF16, KLNORM_NOISES),
+    (None, NORM, LARGE_SHAPES[:1], BF16, ("batch",)),
+    (("klnorm", "unfused"), ("rms_norm", "residual"), LARGE_SHAPES[:1], BF16, ("batch",)),
+)
+
+
 def plan(families, quick=False):
-    """Cases in order of worth; `families` maps operations to {contestant at hand: its family}."""
+    """Cases in order of worth; `families` maps operations to {contestant at hand: its family}.
 
-    def cases(names, shape, noises, dtype="bf16", operation="layer_norm"):
-        """Those of `names` at hand (None: all); a normalization without noise has the one "noise" it has."""
-        at_hand, wanted = families[operation], {LAYER_NORM, *noises}
-        return [
-            Case(name, noise, shape, dtype, operation)
-            for name in names or at_hand
-            if name in at_hand
-            for noise in noises_of(at_hand[name])
-            if noise in wanted
-        ]
-
-    middle = TARGET_SHAPES[0]
-    planned = cases(("klnorm", "native"), BERT, ("batch",))
-    for shape in TARGET_SHAPES[:5] if quick else TARGET_SHAPES:
-        planned += cases(("klnorm",), shape, KLNORM_NOISES)
-    for shape in TARGET_SHAPES[:1] if quick else TARGET_SHAPES:
-        planned += cases(None, shape, ("batch",))
-    if quick:
-        planned += cases(("klnorm",), middle, ("batch",), operation="rms_norm")
-        planned += cases(("klnorm", "unfused"), middle, ("batch",), operation="residual")
-    else:
-        for shape in TARGET_SHAPES[:3]:
-            for operation in FAMILY:
-                planned += cases(None, shape, ("batch",), operation=operation)
-        for shape in TARGET_SHAPES:
-            planned += cases(("klnorm",), shape, KLNORM_NOISES, operation="rms_norm")
-        planned += cases(None, BERT, KLNORM_NOISES)
-        for shape in SMALL_SHAPES:
-            planned += cases(("klnorm", "native", "compiled"), shape, KLNORM_NOISES)
-        for dtype in "bf16", "fp32", "fp16":
-            planned += cases(None, middle, KLNORM_NOISES, dtype)
-        for shape in SMALL_SHAPES:
-            planned += cases(None, shape, ("batch",))
-        for shape in *TARGET_SHAPES, BERT:
-            for operation in FAMILY:
-                planned += cases(None, shape, ("batch", "token"), operation=operation)
+    A normalization without noise has the one "noise" it has.
+    """
+    planned = [
+        Case(name, noise, shape, dtype, operation)
+        for names, operations, shapes, dtypes, noises in (QUICK_STAGES if quick else STAGES)
+        for shape, dtype, operation in itertools.product(shapes, dtypes, operations)
+        for name in names or families[operation]
+        if name in families[operation]
+        for noise in noises_of(families[operation][name])
+        if noise in (LAYER_NORM, *noises)
+    ]
     return list(dict.fromkeys(planned))
 
 
-def tensors(operation, direction):
-    """The fewest tensors of the size of x that the direction can read and write.
+def traffic(case, direction, itemsize):
+    """The fewest bytes the direction can move; parameters and statistics, small beside x, are left out.
 
     Forward reads x and writes y; backward reads x and dy and writes dx. With a residual forward also reads it and
     writes the sum; backward, in which the sum takes the place of x, also reads the sum's gradient, and the gradients of
     x and of the residual are one tensor.
     """
-    residual = OPERATIONS[operation].residual
-    counts = {"forward": 4 if residual else 2, "backward": 4 if residual else 3}
-    return counts.get(direction, sum(counts.values()))
-
-
-def traffic(case, direction, itemsize):
-    """The fewest bytes the direction can move; parameters and statistics, small beside x, are left out."""
-    return tensors(case.operation, direction) * case.shape.elements * itemsize
-
-
-def sets_beyond(cache_bytes, bytes_of_one, most):
-    """Number of buffers that together exceed twice the cache: two at least, `most` at most."""
-    return min(most, max(2, math.ceil(2 * cache_bytes / bytes_of_one)))
+    counts = {"forward": 4, "backward": 4} if case.variant.residual else {"forward": 2, "backward": 3}
+    return counts.get(direction, sum(counts.values())) * case.shape.elements * itemsize

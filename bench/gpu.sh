@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Tests, tiles, norms and training step on a GPU.   bash bench/gpu.sh OUTDIR [--quick]
 #
-# Ends inside 12 minutes (--quick: 3). Installs nothing. OUTDIR then holds log.txt (all output), summary.txt, sweep.json,
-# norms.json, norms.png, train_step.json: whatever finished. Exit status 0 if every part ended well, 1 if one did not,
-# 2 for wrong usage or no GPU. PYTHON names another interpreter.
+# Ends inside 12 minutes (--quick: 3). Installs nothing. OUTDIR then holds log.txt (all output), summary.txt (how each
+# part ended, tables), sweep.json, norms.json, train_step.json: whatever finished. Exit status 0 if every part ended
+# well, 1 if one did not, 2 for wrong usage or no GPU. PYTHON names another interpreter.
 set -u
 
 usage() { echo "usage: bash bench/gpu.sh OUTDIR [--quick]" >&2; exit 2; }
@@ -20,7 +20,7 @@ if ! timeout 100 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_ava
     exit 2
 fi
 log=$out/log.txt
-rm -f "$out"/{sweep,norms,train_step}.json "$out/norms.png" "$out/summary.txt" # of an earlier run
+rm -f "$out"/{sweep,norms,train_step}.json "$out/summary.txt" # of an earlier run
 : > "$log"
 all_well=0
 
@@ -71,15 +71,12 @@ part tests "$tests" 0 env CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=2 "$py
 # shellcheck disable=SC2086
 part sweep "$sweep" 10 "$python" -m bench.sweep --output "$out" $widths
 part norms $((total - SECONDS - 10 - train)) 15 "$python" -m bench.norms --output "$out" $quick
-# It lost the GPU or hung: go on after that case, as long as there is time and it gets further.
-while grep -q '^ "running"' "$out/norms.json" 2> /dev/null; do
-    before=$(cksum < "$out/norms.json")
-    part norms_resumed $((total - SECONDS - 10 - train)) 15 "$python" -m bench.norms --output "$out" $quick --resume || break
-    [ "$before" != "$(cksum < "$out/norms.json")" ] || break
-done
 part train_step $((total - SECONDS - 10)) 15 "$python" -m bench.train_step --output "$out" $quick
 
-echo
-"$python" -m bench.summary "$out" 2>&1 | tee "$out/summary.txt"
-[ "${PIPESTATUS[0]}" -eq 0 ] || all_well=1
+{
+    grep -E '^(== |FAILED|ERROR)|(passed|failed|errors?) in [0-9.]+s' "$log"
+    for name in norms train_step; do
+        [ ! -e "$out/$name.json" ] || { echo; "$python" -m bench.table "$out/$name.json"; }
+    done
+} 2>&1 | tee "$out/summary.txt"
 exit $all_well

@@ -1,11 +1,12 @@
-"""klnorm, PyTorch's own normalizations and KL-Norm as a user would write it, as layers with given values.
+"""klnorm, its peers and KL-Norm as a user would write it, as layers with given values.
 
-klnorm and the eager KL-Norms take x in bf16 or fp16 beside fp32 parameters. PyTorch's own leave their fast path then,
-or refuse: their parameters have the dtype of x, which favours them.
+klnorm, the eager KL-Norms, Liger, quack and flash-linear-attention take x in bf16 or fp16 beside fp32 parameters.
+PyTorch's own and apex leave their fast path then, or refuse: their parameters have the dtype of x, which favours them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -46,20 +47,14 @@ def dtype_of(case):
     return getattr(torch, DTYPES[case.dtype])
 
 
-def with_values(module, values, device, dtype=torch.float32):
-    """The module on the device, and its parameters, which have the values of the same names."""
+def layer_of(module, values, device, dtype=torch.float32, forward=None):
+    """The layer of a module that returns y, or as `forward` says, with the values of its parameters' names."""
     module.to(device, dtype)
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
-    return module, parameters
-
-
-def plain(module, values, device, dtype=torch.float32):
-    """The layer of a module that returns y."""
-    module, parameters = with_values(module, values, device, dtype)
-    return Layer(lambda x: (module(x),), parameters)
+    return Layer(forward or (lambda x: (module(x),)), parameters, tuple(module.buffers()))
 
 
 def unfused(build):
@@ -96,11 +91,10 @@ def build_klnorm(case, values, device):
     """The layer a user has, klnorm.KLLayerNorm."""
     noise = "sample" if case.noise == "eval" else case.noise
     module = klnorm.KLLayerNorm(case.shape.width, EPS, noise=noise, prior_std=PRIOR_STD)
-    module, parameters = with_values(module, values, device)
-    if case.noise == "eval":
-        module.eval()
-        return Layer(lambda x: (module(x),), {name: parameters[name] for name in ("weight", "bias")})
-    return Layer(lambda x: (module(x), module.kl_divergence()), parameters, tuple(module.buffers()))
+    if case.noise != "eval":
+        return layer_of(module, values, device, forward=lambda x: (module(x), module.kl_divergence()))
+    layer = layer_of(module.eval(), values, device)
+    return Layer(layer.forward, {name: layer.parameters[name] for name in ("weight", "bias")})
 
 
 def build_klnorm_functional(case, values, device):
@@ -135,7 +129,7 @@ def build_native(case, values, device):
 
         return Layer(forward, {"weight": weight, "bias": bias})
     make = nn.RMSNorm if case.variant.rms else nn.LayerNorm
-    return plain(make(case.shape.width, EPS), values, device, dtype_of(case))
+    return layer_of(make(case.shape.width, EPS), values, device, dtype_of(case))
 
 
 def build_eager(case, values, device):
@@ -144,5 +138,66 @@ def build_eager(case, values, device):
     else:
         module = EagerKLNorm(case.shape.width, EPS, case.noise, prior_std=PRIOR_STD, rms=case.variant.rms)
         dtype = torch.float32
-    module, parameters = with_values(module, values, device, dtype)
-    return Layer(lambda x: (module(x), module.kl_divergence()), parameters)
+    return layer_of(module, values, device, dtype, lambda x: (module(x), module.kl_divergence()))
+
+
+def build_apex_fused(case, values, device):
+    module = import_module("apex.normalization")
+    make = module.FusedRMSNorm if case.variant.rms else module.FusedLayerNorm
+    return layer_of(make(case.shape.width, eps=EPS), values, device, dtype_of(case))
+
+
+def build_apex_fast(case, values, device):
+    make = import_module("apex.contrib.layer_norm").FastLayerNorm
+    return layer_of(make(case.shape.width, eps=EPS), values, device, dtype_of(case))
+
+
+def build_liger(case, values, device):
+    transformers, n = "liger_kernel.transformers", case.shape.width
+    if not case.variant.rms:
+        module = import_module(f"{transformers}.layer_norm").LigerLayerNorm(n, eps=EPS, bias=True)
+        return layer_of(module, values, device)
+    # In place, the default of one of them, backward would overwrite the dy that the next call is given.
+    if not case.variant.residual:
+        module = import_module(f"{transformers}.rms_norm").LigerRMSNorm(n, eps=EPS, in_place=False)
+        return layer_of(module, values, device)
+    make = import_module(f"{transformers}.fused_add_rms_norm").LigerFusedAddRMSNorm
+    module = make(n, eps=EPS, in_place=False)
+    return layer_of(module, values, device, forward=module)
+
+
+def build_fla(case, values, device):
+    layers, n = import_module("fla.modules"), case.shape.width
+    module = layers.RMSNorm(n, eps=EPS) if case.variant.rms else layers.LayerNorm(n, bias=True, eps=EPS)
+    if not case.variant.residual:
+        return layer_of(module, values, device)
+    return layer_of(module, values, device, forward=lambda x, residual: module(x, residual=residual, prenorm=True))
+
+
+def build_quack(case, values, device):
+    names = ("weight",) if case.variant.rms else ("weight", "bias")
+    parameters = {name: values[name].clone().requires_grad_() for name in names}
+    if not case.variant.rms:
+        return Layer(lambda x: (_QuackLayerNorm.apply(x, *parameters.values()),), parameters)
+    rmsnorm, weight = import_module("quack.rmsnorm").rmsnorm, parameters["weight"]
+    if not case.variant.residual:
+        return Layer(lambda x: (rmsnorm(x, weight, eps=EPS),), parameters)
+    return Layer(lambda x, residual: rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=True), parameters)
+
+
+class _QuackLayerNorm(torch.autograd.Function):
+    """quack's LayerNorm comes as a forward and a backward function over matrices."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        rows = x.reshape(-1, x.shape[-1])
+        quack = import_module("quack.rmsnorm")
+        y, rstd, mean = quack.layernorm_fwd(rows, weight, bias, EPS, return_rstd=True, return_mean=True)
+        ctx.save_for_backward(rows, weight, rstd, mean)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, weight, rstd, mean = ctx.saved_tensors
+        dx, dweight, dbias = import_module("quack.rmsnorm").layernorm_bwd(rows, weight, dy.view_as(rows), rstd, mean)
+        return dx.view(dy.shape), dweight, dbias

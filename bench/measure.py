@@ -1,10 +1,11 @@
 """One case: buffers, the gate, times, memory. Works on the CPU too, with a clock that is not a GPU's."""
 
 import gc
+import math
 
 import torch
 
-from .cases import operation_of, sets_beyond, traffic
+from .cases import traffic
 from .check import Wrong, check, output_gradients
 from .contestants import contestant_of
 from .layers import dtype_of, make_values
@@ -29,87 +30,70 @@ class Buffers:
         self.cotangents = [[normal(0.0) for _ in range(count)] for _ in range(sets)]
 
 
+def build(case, device, sets=1):
+    """The contestant's layer and its buffers."""
+    layer = contestant_of(case).build(case, make_values(case.parameter_shape, device), device)
+    return layer, Buffers(case, device, sets)
+
+
 def calls(layer, buffers):
     """{direction: function that makes its call}. Call i uses set i % sets of the buffers, and holds as many results as
     there are sets: they rotate too.
     """
     sets, parameters = len(buffers.inputs), list(layer.parameters.values())
 
-    def forward():
+    def rotating(result_of):
         kept = [None] * sets
 
         def call(i):
-            kept[i % sets] = layer.forward(*buffers.inputs[i % sets])
+            kept[i % sets] = result_of(i % sets)
 
         return call
+
+    def gradients_of(s, outputs, gradients, **options):
+        return torch.autograd.grad(outputs, [*buffers.inputs[s], *parameters], gradients, **options)
+
+    def forward():
+        return rotating(lambda s: layer.forward(*buffers.inputs[s]))
 
     def backward():
         graphs = [layer.forward(*inputs) for inputs in buffers.inputs]
         gradients = [output_gradients(*pair) for pair in zip(graphs, buffers.cotangents, strict=True)]
-        kept = [None] * sets
-
-        def call(i):
-            s = i % sets
-            leaves = [*buffers.inputs[s], *parameters]
-            kept[s] = torch.autograd.grad(graphs[s], leaves, gradients[s], retain_graph=True)
-
-        return call
+        return rotating(lambda s: gradients_of(s, graphs[s], gradients[s], retain_graph=True))
 
     def both():
-        kept = [None] * sets
-
-        def call(i):
-            s = i % sets
+        def result_of(s):
             outputs = layer.forward(*buffers.inputs[s])
-            leaves = [*buffers.inputs[s], *parameters]
-            kept[s] = torch.autograd.grad(outputs, leaves, output_gradients(outputs, buffers.cotangents[s]))
+            return gradients_of(s, outputs, output_gradients(outputs, buffers.cotangents[s]))
 
-        return call
+        return rotating(result_of)
 
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def build(case, device, sets):
-    """The contestant's layer and its buffers."""
-    layer = contestant_of(case).build(case, make_values(case.parameter_shape, device), device)
-    return layer, Buffers(case, device, sets)
-
-
-def prepare(case, device, sets):
-    """The layer and its buffers, past the gate."""
-    layer, buffers = build(case, device, sets)
-    check(layer, case, contestant_of(case).family, buffers.inputs[0], buffers.cotangents[0])
-    return layer, buffers
-
-
 def compile_case(case, device="cuda"):
     """One forward and backward of a case, for what it leaves in the compilers' caches."""
-    calls(*build(case, torch.device(device), 1))["both"]()(0)
+    calls(*build(case, torch.device(device)))["both"]()(0)
     torch.cuda.empty_cache()  # other processes need the memory
 
 
 def record_of(case):
     """What every record of a case begins with."""
+    shape = case.shape
     return {
-        "operation": case.operation, "contestant": case.contestant, "noise": case.noise, "shape": str(case.shape),
-        "dtype": case.dtype, "n_rows": case.shape.n_rows,
+        "operation": case.operation, "contestant": case.contestant, "noise": case.noise, "shape": str(shape),
+        "dtype": case.dtype, "n_rows": shape.n_rows, "samples": shape.samples, "width": shape.width,
+        "elements": shape.elements, "status": "ok", "why": None,
     }  # fmt: skip
 
 
-def untimed(case, status="ok", why=None):
-    """The record of a case, of which nothing is known yet."""
-    return record_of(case) | {
-        "samples": case.shape.samples, "width": case.shape.width, "elements": case.shape.elements,
-        "status": status, "why": why, "parameter_dtype": None,
-        "forward": None, "backward": None, "both": None, "wall_ms": None, "peak_bytes": None, "saved_bytes": None,
-    }  # fmt: skip
-
-
-def measure_case(case, clock, device, cache_bytes):
-    """The record of a case. `status`: "ok"; "wrong", then nothing was timed; "failed", where it raised an error."""
-    record = untimed(case)
+def measure_case(case, function, *arguments):
+    """The record of a case, with what the function returns of it. `status`: "ok"; "wrong", then nothing was timed;
+    "failed", where it raised an error.
+    """
+    record = record_of(case)
     try:
-        _measure(record, case, clock, device, cache_bytes)
+        record |= function(case, *arguments)
     except Wrong as wrong:
         record |= {"status": "wrong", "why": str(wrong)}
     except Exception as error:  # a peer may raise anything, and must not end the run
@@ -118,21 +102,23 @@ def measure_case(case, clock, device, cache_bytes):
     return record
 
 
-def _measure(record, case, clock, device, cache_bytes):
+def timed(case, clock, device, cache_bytes):
+    """Times and bytes of a case, past the gate. Its buffers exceed twice the cache."""
     itemsize = dtype_of(case).itemsize
-    sets = sets_beyond(cache_bytes, case.shape.elements * itemsize, MOST_CALLS)
-    layer, buffers = prepare(case, device, sets)
-    record["parameter_dtype"] = str(layer.parameters["weight"].dtype).removeprefix("torch.")
-    *_, record["saved_bytes"] = saved_bytes(layer, buffers.inputs[0])
+    sets = min(MOST_CALLS, max(2, math.ceil(2 * cache_bytes / (case.shape.elements * itemsize))))
+    layer, buffers = build(case, device, sets)
+    check(layer, case, contestant_of(case).family, buffers.inputs[0], buffers.cotangents[0])
+    found = {"parameter_dtype": str(layer.parameters["weight"].dtype).removeprefix("torch.")}
+    *_, found["saved_bytes"] = saved_bytes(layer, buffers.inputs[0])
     for direction, make in calls(layer, buffers).items():
         call = make()
         timing = measure(call, clock)
         gbps = traffic(case, direction, itemsize) / timing.median_ms / 1e6
-        record[direction] = {**timing._asdict(), "gbps": gbps}
+        found[direction] = {**timing._asdict(), "gbps": gbps}
         if direction == "both":
-            record["wall_ms"] = wall(call, clock)
+            found["wall_ms"] = wall(call, clock)
         del call
-    record["peak_bytes"] = peak(calls(layer, buffers)["both"]()) if device.type == "cuda" else None
+    return found | {"peak_bytes": peak(layer, buffers, device)}
 
 
 def saved_bytes(layer, inputs):
@@ -157,35 +143,11 @@ def saved_bytes(layer, inputs):
     return of_normalized, of_state, sum(sizes.values())
 
 
-def peak(call):
-    """Most bytes that one forward and backward allocates beyond the buffers and the parameters."""
-    before = torch.cuda.memory_allocated()
+def peak(layer, buffers, device):
+    """Most bytes that one forward and backward allocates beyond the buffers and the parameters; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call, before = calls(layer, buffers)["both"](), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call(0)
     return torch.cuda.max_memory_allocated() - before
-
-
-def start_of(record):
-    """What the line of a record on the screen begins with."""
-    operation = operation_of(record)
-    start = f"{record['contestant']:<14} {record['noise']:<6} {record['shape']:>12} {record['dtype']}"
-    return start if operation == "layer_norm" else f"{start} {operation}"
-
-
-def line(record, copy_gbps):
-    """The record as a line of the table on the screen."""
-    if record["status"] != "ok":
-        return f"{start_of(record)}  {record['status'].upper()}: {record['why']}"
-    cells = []
-    for direction in DIRECTIONS:
-        timing = record[direction]
-        percent = f"{100 * timing['gbps'] / copy_gbps:3.0f} %" if copy_gbps else ""
-        cells.append(f"{timing['median_ms']:8.4f} {percent}{'*' if timing['gaps'] else ' '}")
-    peak = "" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**20:8.1f}"
-    return f"{start_of(record)} {' '.join(cells)} {record['wall_ms']:8.4f} {peak}"
-
-
-HEADER = (
-    f"{'':14} {'noise':<6} {'M x N':>12} dtype  forward ms, of copy; backward; both; wall ms; peak MiB"
-    "   (*: launch gaps included)"
-)

@@ -1,16 +1,16 @@
-"""Where and with what a result came about; running through cases; files; progress; tables."""
+"""Where and with what a result came about; a run through cases, its file, its tables."""
 
 import json
 import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = "torch", "triton", "numpy", "apex", "liger-kernel", "quack-kernels", "fla-core", "transformers"
@@ -44,10 +44,9 @@ def commit():
 
 def _output(*command):
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def _version(package):
@@ -57,47 +56,6 @@ def _version(package):
         return None
 
 
-def save(path, result):
-    """Write JSON so that a reader never finds half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def reason(error):
-    """An exception as one line of a result."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def run_through(items, key, measure, show, result, path, deadline=math.inf, lost=lambda record: False):
-    """Append the record that `measure` makes of every item to the "records" of `result`, and print it, as `show` says.
-
-    Saved at `path` before and after every item: "running" is the key of one that never came back. Those not begun
-    before the deadline are "not_run". Ends after a record that is `lost`, its item still "running"; whether it did.
-    """
-    progress = Progress(len(items))
-    for i, item in enumerate(items):
-        if time.monotonic() > deadline:
-            result["not_run"] = [key(item) for item in items[i:]]
-            save(path, result)
-            print(f"time is up: {len(items) - i} of {len(items)} were not run")
-            break
-        result["running"] = key(item)
-        save(path, result)
-        progress.begin(key(item))
-        record = measure(item)
-        result["records"].append(record)
-        progress.finish(show(record))
-        if lost(record):
-            save(path, result)
-            return True
-        del result["running"]
-        save(path, result)
-    return False
-
-
 def describe(result_environment):
     """One line about an environment."""
     e = result_environment
@@ -105,33 +63,35 @@ def describe(result_environment):
     return f"{e['device']}, driver {e['driver']}, {versions}, Python {e['python']}, commit {e['commit'][:12]}"
 
 
-def markdown(header, rows):
-    """A Markdown table; the first column to the left, the others to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def reason(error):
+    """An exception as one line of a result."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-class Progress:
-    """Lines of results under a bar that redraws itself on a terminal; elsewhere every line has the share done."""
+def save(path, result):
+    """Write JSON so that a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
-    WIDTH = 30
 
-    def __init__(self, total, stream=None):
-        self.total, self.done = max(1, total), 0
-        self.stream = stream or sys.stdout
-        self.redraws = self.stream.isatty()
+def run_through(items, measure, show, result, path, deadline=math.inf):
+    """Append the record that `measure` makes of every item to the "records" of `result`, and print what `show` says.
 
-    def begin(self, label):
-        """Show what is being done."""
-        if self.redraws:
-            bar = "#" * (self.WIDTH * self.done // self.total)
-            print(f"\r\x1b[K[{bar:-<{self.WIDTH}}] {self._percent()}  {label}", end="", file=self.stream, flush=True)
-
-    def finish(self, line):
-        """Count one item done and print its line."""
-        self.done += 1
-        start = "\r\x1b[K" if self.redraws else f"[{self._percent()}] "
-        print(start + line, file=self.stream, flush=True)
-
-    def _percent(self):
-        return f"{100 * self.done // self.total:3d} %"
+    Saved at `path` after every item. Those not begun before the deadline are "not_run".
+    """
+    progress = tqdm(items, leave=False, disable=None)  # a log gets no bar
+    for i, item in enumerate(progress):
+        if time.monotonic() > deadline:
+            result["not_run"] = list(map(str, items[i:]))
+            tqdm.write(f"time is up: {len(items) - i} of {len(items)} were not run")
+            break
+        progress.set_description(str(item))
+        if progress.disable:
+            print(f"{i + 1}/{len(items)} {item}", flush=True)
+        result["records"].append(measure(item))
+        save(path, result)
+        tqdm.write(f"{item}  {show(result['records'][-1])}")
+    save(path, result)
+    print(f"results in {path}")

@@ -1,7 +1,7 @@
 """Which tiles are fastest on a GPU: every candidate of every kernel beside the tuned one.   Run: python -m bench.sweep
 
     python -m bench.sweep [--n 256 4096] [--noise token] [--direction forward] [--minutes 3] [--output DIR]
-    python -m bench.sweep --table DIR/sweep.json       the table of bench/NOTES.md
+    python -m bench.table DIR/sweep.json
 
 Processes side by side compile all candidates first. Each is then timed as `timing.py` says, on M x N = 64 Mi elements
 in bf16, and its results are compared with those of the tuned tile. Without a GPU it ends after compiling, and prints
@@ -11,21 +11,20 @@ registers, spills, shared memory and how many warps these leave a multiprocessor
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from pathlib import Path
 from unittest import mock
 
 import torch
-from torch.utils._pytree import tree_map
+from tabulate import tabulate
 
 from klnorm import launch, tuning
 
 from . import report, timing
-from .inspect import calls, compile_ahead, usage
+from .inspect import ARCHITECTURES, calls, compile_ahead, flat, usage
 
 WIDTHS = 256, 1024, 4096, 8192, 16384
 NOISES = "shared", "token"
@@ -34,7 +33,7 @@ ELEMENTS = 64 << 20
 BEST = 5
 TENSORS = {"forward": 2, "backward": 3, "sums": 2}  # of the size of x that a kernel reads and writes at least
 MEASUREMENT_MS = 20.0
-CAPABILITY, MULTIPROCESSORS = 90, 132  # where there is no GPU
+CAPABILITY, MULTIPROCESSORS = ARCHITECTURES["sm_90"]  # where there is no GPU
 REGISTERS, SHARED_BYTES, MOST_WARPS, MOST_PROGRAMS = 65536, 227 << 10, 64, 32  # of a multiprocessor
 
 
@@ -74,7 +73,7 @@ def _first(tuned, shapes):
 
 
 def call_of(direction, noise, n, shape, multiprocessors=MULTIPROCESSORS, device="meta"):
-    """(Call, tensors without memory) of a candidate."""
+    """(Call, arguments of its launch) of a candidate."""
     with mock.patch.object(tuning, tuner_of(direction, n), return_value=shape):
         return calls(n, torch.bfloat16, noise, multiprocessors, ELEMENTS // n, device)[direction]
 
@@ -84,8 +83,8 @@ def compile_candidate(case, capability):
     direction, noise, n, shape = case
     found = dict.fromkeys(("registers", "spilled", "shared", "warps", "why"))
     try:
-        call, tensors = call_of(direction, noise, n, shape)
-        compiled = compile_ahead(call, tensors, capability)
+        call, arguments = call_of(direction, noise, n, shape)
+        compiled = compile_ahead(call, flat(*arguments), capability)
         registers, spilled = usage(compiled)
     except Exception as error:  # a tile may be too large for the compiler
         return found | {"why": report.reason(error)}
@@ -99,56 +98,6 @@ def resident_warps(registers, shared, num_warps):
     by_registers = REGISTERS // (32 * num_warps * -(-registers // 8) * 8)
     by_shared = SHARED_BYTES // (shared + 1024)  # each program has a kilobyte beside
     return num_warps * min(by_registers, by_shared, MOST_WARPS // num_warps, MOST_PROGRAMS)
-
-
-class Bench:
-    """Tensors of one width and noise on the GPU, and the clock."""
-
-    def __init__(self, clock, noise, n):
-        self.clock, self.noise, self.n = clock, noise, n
-        self.multiprocessors = launch._multiprocessors(clock.device)
-        made = {}
-
-        def real(tensor):
-            if id(tensor) not in made:
-                made[id(tensor)] = tensor, self._filled(tensor)
-            return made[id(tensor)][1]
-
-        launches = calls(n, torch.bfloat16, noise, self.multiprocessors, ELEMENTS // n, clock.device)
-        self.tensors = {}
-        for kind, (call, tensors) in launches.items():  # in the order in which one needs what another makes
-            self.tensors[kind] = tree_map(lambda t: None if t is None else real(t), tensors)
-            launch_with(call, self.tensors[kind])
-
-    def _fitting(self, have, wanted):
-        """A tensor that is there; another where a candidate needs other partial sums."""
-        return have if have is None or have.shape == wanted.shape else self._filled(wanted)
-
-    def _filled(self, tensor):
-        if tensor.dtype == torch.int64:
-            return torch.full(tensor.shape, 7, device=self.clock.device)
-        return torch.randn(tensor.shape, device=self.clock.device, dtype=torch.float32).to(tensor.dtype)
-
-    def results(self, direction, shape):
-        """(function that launches a candidate, the tensors that it writes)."""
-        call, tensors = call_of(direction, self.noise, self.n, shape, self.multiprocessors, self.clock.device)
-        tensors = tree_map(self._fitting, self.tensors[direction], tensors)
-        return lambda _=0: launch_with(call, tensors), written(direction, tensors)
-
-
-def launch_with(call, tensors):
-    """Launch with tensors in the order of the kernel's arguments."""
-    at = next(i for i, t in enumerate(tensors) if hasattr(t, "weight"))
-    call.launch(tensors[:at], tensors[at], tensors[at + 1], tensors[at + 2 :])
-
-
-def written(direction, tensors):
-    """What results are compared by: outputs, sums over programs."""
-    if direction == "forward":
-        return tensors[-2][:1]
-    if direction == "finalize":
-        return tensors[-1]
-    return tensors[-2][:1] if direction == "backward" and isinstance(tensors[-2], tuple) else tensors[-1:]
 
 
 def differ(results, tuned):
@@ -165,9 +114,6 @@ def differ(results, tuned):
 
 def main(arguments=None):
     options = parse(arguments)
-    if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return 0
     begun, gpu = time.monotonic(), torch.cuda.is_available()
     cases = [
         (direction, noise, n, shape)
@@ -200,7 +146,6 @@ def parse(arguments):
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after so many (default: 3)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of sweep.json")
-    parser.add_argument("--table", type=Path, help="print the table of this file, and nothing else")
     return parser.parse_args(arguments)
 
 
@@ -208,7 +153,7 @@ def compile_all(cases, capability, workers, deadline):
     """{case: what was found}, for as many as there is time for."""
     found, pool = {}, ProcessPoolExecutor(workers)
     waiting = {pool.submit(compile_candidate, case, capability): case for case in cases}
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError):  # not yet the built-in one in Python 3.10
         for done in as_completed(waiting, timeout=max(1, deadline - time.monotonic())):
             found[waiting[done]] = done.result()
     pool.shutdown(cancel_futures=True)
@@ -225,60 +170,61 @@ def record_of(case, found, ms=None, wrong=None):
 
 def measured(cases, found, clock, result, deadline):
     """Time case after case that was compiled, until the deadline."""
-    timing.BUDGET_MS = MEASUREMENT_MS
-    for (noise, n), group in itertools.groupby(cases, key=lambda case: case[1:3]):
-        bench, tuned = None, {}
-        for case in group:
-            if time.monotonic() > deadline or case not in found:
-                result["not_run"] += 1
-            elif found[case]["why"]:
-                result["records"].append(record_of(case, found[case]))
-            else:
-                bench = bench or Bench(clock, noise, n)
-                result["records"].append(_time(bench, case, found[case], tuned))
-        del bench, tuned
-        torch.cuda.empty_cache()
+    multiprocessors, tuned = launch._multiprocessors(clock.device), {}
+    for case in cases:
+        if time.monotonic() > deadline or case not in found:
+            result["not_run"] += 1
+            continue
+        ms = wrong = None
+        if found[case]["why"] is None:
+            try:
+                ms, wrong = timed(case, clock, multiprocessors, tuned)
+            except Exception as error:  # one that does not launch must not end the sweep
+                found[case] = found[case] | {"why": report.reason(error)}
+        result["records"].append(record_of(case, found[case], ms, wrong))
 
 
-def _time(bench, case, found, tuned):
-    direction, *_, shape = case
-    try:
-        run, results = bench.results(direction, shape)
-        run()
-        results = [None if t is None else t.clone() for t in results]
-        wrong = differ(results, tuned.setdefault(direction, results))
-        return record_of(case, found, timing.measure(run, bench.clock).median_ms, wrong)
-    except Exception as error:  # one that does not launch must not end the sweep
-        return record_of(case, found | {"why": report.reason(error)})
+def timed(case, clock, multiprocessors, tuned):
+    """(milliseconds, how far results are from those of the first of its kind, which `tuned` holds)."""
+    call, arguments = call_of(*case, multiprocessors, clock.device)
+    results = written(case[0], arguments[-1])
+    if case[:3] not in tuned:
+        tuned.clear()  # those of other kinds are not needed any more
+        tuned[case[:3]] = results
+    ms = timing.measure(lambda _: call.launch(*arguments), clock, MEASUREMENT_MS).median_ms
+    return ms, differ(results, tuned[case[:3]])
+
+
+def written(direction, outputs):
+    """What results are compared by."""
+    return outputs if direction == "sums" else outputs[0] if direction == "finalize" else outputs[0][:1]
 
 
 def table(result):
     """The best of every kernel beside the tuned one, as Markdown; without times, those of most warps."""
-    lines = [
-        "| N | noise | kernel | rows x features, warps, stages, programs | ms | of copy "
-        "| registers, spilled, shared | warps |",
-        "|---" * 8 + "|",
-    ]
-    records = [r for r in result["records"] if not r["why"] and r["wrong"] is None]
-    for _, group in itertools.groupby(records, key=lambda r: (r["n"], r["noise"], r["direction"])):
-        group = sorted(group, key=lambda r: (r["ms"] or 0, r["spilled"], -r["warps"]))
-        lines += [_line(r, result["copy_gbps"]) for r in group if r in group[:BEST] or r["tuned"]]
     bad = [r for r in result["records"] if r["why"] or r["wrong"] is not None]
-    lines += [f"\n{r['direction']} {r['noise']} {r['n']} {r['shape']}: {r['why'] or r['wrong']}" for r in bad]
-    return "\n".join(lines + ([f"\n{result['not_run']} candidates were not run"] if result["not_run"] else []))
+    rows = []
+    for _, group in itertools.groupby(
+        (r for r in result["records"] if r not in bad), key=lambda r: (r["n"], r["noise"], r["direction"])
+    ):
+        group = sorted(group, key=lambda r: (r["ms"] or 0, r["spilled"], -r["warps"]))
+        rows += [_cells(r, result["copy_gbps"]) for r in group if r in group[:BEST] or r["tuned"]]
+    parts = [tabulate(rows, "keys", tablefmt="github", disable_numparse=True)]
+    parts += [f"{r['direction']} {r['noise']} {r['n']} {r['shape']}: {r['why'] or r['wrong']}" for r in bad]
+    return "\n\n".join([*parts, *([f"{result['not_run']} candidates were not run"] if result["not_run"] else [])])
 
 
-def _line(record, copy_gbps):
+def _cells(record, copy_gbps):
     rows, features, warps, stages, programs = record["shape"]
-    shape = f"{rows} x {features}, {warps}, {stages}, {programs}" + (" (tuned)" if record["tuned"] else "")
-    ms = share = ""
-    if record["ms"] is not None:
-        ms = f"{record['ms']:.4f}"
-        if record["direction"] in TENSORS:
-            share = f"{TENSORS[record['direction']] * ELEMENTS * 2 / record['ms'] / 1e6 / copy_gbps:.2f}"
-    usage_ = f"{record['registers']}, {record['spilled']}, {record['shared']}"
-    cells = record["n"], record["noise"], record["direction"], shape, ms, share, usage_, record["warps"]
-    return f"| {' | '.join(map(str, cells))} |"
+    ms, gb = record["ms"], TENSORS.get(record["direction"], 0) * ELEMENTS * 2 / 1e6
+    return {
+        "N": record["n"], "noise": record["noise"], "kernel": record["direction"],
+        "rows x features, warps, stages, programs": f"{rows} x {features}, {warps}, {stages}, {programs}"
+        + (" (tuned)" if record["tuned"] else ""),
+        "ms": ms and f"{ms:.4f}", "of copy": f"{gb / ms / copy_gbps:.2f}" if ms and gb else "",
+        "registers, spilled, shared": f"{record['registers']}, {record['spilled']}, {record['shared']}",
+        "warps": record["warps"],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 SAMPLES = 25
@@ -32,15 +33,6 @@ class Timing(NamedTuple):
     samples: int
     calls: int
     gaps: bool
-
-
-def quantile(values, fraction):
-    """Linear interpolation between the two nearest order statistics."""
-    values = sorted(values)
-    place = fraction * (len(values) - 1)
-    low = int(place)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (values[high] - values[low]) * (place - low)
 
 
 class CudaClock:
@@ -95,18 +87,16 @@ class CudaClock:
         return 1e3 * (enqueued - begun) / count, 1e3 * (time.perf_counter() - begun) / count
 
 
-def measure(call, clock):
+def measure(call, clock, budget_ms=BUDGET_MS):
     """Timing of `call(i)`, i counting up from 0 in every batch: buffers are rotated by it."""
     clock.host(call, 3)  # compiles, tunes, fills the allocator's cache
     host_ms = min(clock.host(call, 2)[0] for _ in range(3))
     once = max(1e-4, clock.batch(call, 2, host_ms)[0] / 2)
     count = max(1, min(MOST_CALLS, round(BATCH_MS / once)))
-    samples = max(LEAST_SAMPLES, min(SAMPLES, int(BUDGET_MS / (count * once))))
-    batches = [clock.batch(call, count, host_ms) for _ in range(samples)]
-    times = [ms / count for ms, _ in batches]
-    return Timing(
-        statistics.median(times), quantile(times, 0.2), quantile(times, 0.8), samples, count, any(g for _, g in batches)
-    )
+    samples = max(LEAST_SAMPLES, min(SAMPLES, int(budget_ms / (count * once))))
+    times, gaps = zip(*(clock.batch(call, count, host_ms) for _ in range(samples)), strict=True)
+    median, p20, p80 = (np.quantile(times, (0.5, 0.2, 0.8)) / count).tolist()
+    return Timing(median, p20, p80, samples, count, any(gaps))
 
 
 def wall(call, clock):

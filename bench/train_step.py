@@ -11,14 +11,15 @@ compute on the way that CUDA tensors take, and kernels of klnorm that would be l
 
 import argparse
 import ctypes
-import dataclasses
 import gc
 import re
 import statistics
 import sys
 import time
+import timeit
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -28,16 +29,33 @@ from torch.utils._pytree import tree_leaves
 import klnorm
 from klnorm import compat, launch
 
-from . import eager, models, overhead, report
+from . import eager, overhead, report, table
 from .warm import warm
 
 NORMS = ["LayerNorm", *[f"{kind}, {noise}" for kind in ("klnorm", "eager") for noise in ("sample", "batch", "token")]]
 OTHER_MODES_NORMS = "LayerNorm", "klnorm, sample", "eager, sample"
 MODES = "eager", "captured", "compiled"
-MODELS = {"bert": "BERT", "gpt2": "GPT-2"}  # the beginnings of their names
+MODELS = {"bert": "BERT-base", "gpt2": "GPT-2 small"}
 STEPS = 12
 NUM_EXAMPLES = 10_000  # the KL's weight in the loss is 1 / NUM_EXAMPLES; it does not matter to the time
 WARM_SHARE = 0.45
+
+
+class Line(NamedTuple):
+    """What a record is of. `smoke`: tiny, on the CPU."""
+
+    model: str
+    norm: str
+    mode: str
+    layers: int
+    smoke: bool
+
+    def __str__(self):
+        return f"{self.model:<12} {self.norm:<15} {self.mode:<9}"
+
+    @property
+    def device(self):
+        return torch.device("cpu" if self.smoke else "cuda")
 
 
 def main(arguments=None):
@@ -45,33 +63,27 @@ def main(arguments=None):
     if not (torch.cuda.is_available() or options.smoke):
         print("Timing a training step needs a CUDA GPU, and torch sees none. --smoke runs a tiny one on the CPU.")
         return 0
-    device = torch.device("cpu" if options.smoke else "cuda")
+    import transformers
+
     deadline = time.monotonic() + 60 * options.minutes
-    sizes = models.SMOKE_SIZES if options.smoke else models.SIZES
-    if options.layers:
-        sizes = {name: dataclasses.replace(size, layers=options.layers) for name, size in sizes.items()}
-    lines = plan(sizes, options)
-    result = {"environment": report.environment(), "models": models.source(), "smoke": options.smoke, "records": []}
-    print(f"{report.describe(result['environment'])}\nmodels: {result['models']}")
-    if device.type == "cuda" and not options.quick:
-        compiled = [line for line in lines if line[2] == "compiled"]
+    lines = plan(options)
+    models = f"transformers {transformers.__version__}"
+    result = {"environment": report.environment(), "models": models, "smoke": options.smoke, "records": []}
+    print(f"{report.describe(result['environment'])}\nmodels: {models}")
+    if not (options.smoke or options.quick):
+        compiled = [line for line in lines if line.mode == "compiled"]
         done = warm(compile_line, compiled, len(compiled), WARM_SHARE * 60 * options.minutes)
         print(f"compiled {done} of {len(compiled)} ahead")
-    path = options.output / "train_step.json"
-
-    def measured(line):
-        return measure_line(line, sizes, device)
-
-    report.run_through(lines, describe, measured, show, result, path, deadline)
-    print(f"results in {path}")
+    report.run_through(lines, measure_line, show, result, options.output / "train_step.json", deadline)
+    print(table.training(result))
     return int(any(r["why"] for r in result["records"] if r["norm"].startswith("klnorm")))
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, help="this model only")
-    parser.add_argument("--norm", choices=NORMS, nargs="+", help="these normalizations only")
-    parser.add_argument("--mode", choices=MODES, nargs="+", help="these modes only")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS), help="these models only")
+    parser.add_argument("--norm", choices=NORMS, nargs="+", default=NORMS, help="these normalizations only")
+    parser.add_argument("--mode", choices=MODES, nargs="+", default=MODES, help="these modes only")
     parser.add_argument("--quick", action="store_true", help="the encoder only, in eager mode only")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU; wall times that mean nothing")
     parser.add_argument("--layers", type=int, help="so many of the models' layers (default: 12, with --smoke 2)")
@@ -80,52 +92,45 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def plan(sizes, options):
-    """(model, normalization, mode) in order of worth."""
-    names = list(sizes)[:1] if options.quick else list(sizes)
-    lines = [(name, norm, "eager") for name in names for norm in NORMS]
+def plan(options):
+    """Lines in order of worth."""
+    models, layers = (["bert"] if options.quick else list(MODELS)), options.layers or (2 if options.smoke else 12)
+    lines = [(model, norm, "eager") for model in models for norm in NORMS]
     if not options.quick:
         others = ["compiled"] if options.smoke else ["captured", "compiled"]
-        lines += [(name, norm, mode) for mode in others for norm in OTHER_MODES_NORMS for name in names]
+        lines += [(model, norm, mode) for mode in others for norm in OTHER_MODES_NORMS for model in models]
     return [
-        (name, norm, mode)
-        for name, norm, mode in lines
-        if (options.model is None or name.startswith(MODELS[options.model]))
-        and norm in (options.norm or NORMS)
-        and mode in (options.mode or MODES)
+        Line(MODELS[model], norm, mode, layers, options.smoke)
+        for model, norm, mode in lines
+        if model in options.model and norm in options.norm and mode in options.mode
     ]
 
 
-def describe(line):
-    name, norm, mode = line
-    return f"{name:<12} {norm:<15} {mode:<9}"
-
-
 def show(record):
-    start = describe((record["model"], record["norm"], record["mode"]))
+    """The figures of a record that there are."""
     if record["why"]:
-        return f"{start} FAILED: {record['why']}"
-    device = "" if record["device_ms"] is None else f"{record['device_ms']:8.2f} ms on the device,"
-    host = "" if record["host_ms"] is None else f" {record['host_ms']:.2f} ms host, {record['idle']:.0%} idle,"
-    peak = "" if record["peak_bytes"] is None else f", peak {record['peak_bytes'] / 2**30:.2f} GiB"
-    return f"{start} {device} {record['wall_ms']:8.2f} ms wall,{host} {record['launches']} launches{peak}"
+        return f"FAILED: {record['why']}"
+    forms = {
+        "device_ms": "{:.2f} ms on the device", "wall_ms": "{:.2f} ms wall", "host_ms": "{:.2f} ms host",
+        "idle": "{:.0%} idle", "launches": "{} launches", "peak_bytes": "peak {:,} bytes",
+    }  # fmt: skip
+    return ", ".join(form.format(record[key]) for key, form in forms.items() if record[key] is not None)
 
 
-def measure_line(line, sizes, device):
+def measure_line(line):
     """The record of a line: milliseconds of a step (median of STEPS), peak memory, the first loss."""
-    name, norm, mode = line
-    record = {"model": name, "norm": norm, "mode": mode, "compiled": mode == "compiled", "why": None, "loss": None}
+    record = {"model": line.model, "norm": line.norm, "mode": line.mode, "why": None, "loss": None}
     record |= dict.fromkeys(("device_ms", "wall_ms", "host_ms", "idle", "launches", "peak_bytes"))
     # The model of the line before is to leave the GPU.
     torch._dynamo.reset()
     gc.collect()
     try:
-        step = make_step(line, sizes[name], device)
+        step = make_step(line)
         record["loss"] = step().item()
         for _ in range(2):
             step()
-        record |= time_steps(step, device)
-        record["launches"], busy_ms = count_launches(step, device, mode == "compiled")
+        record |= time_steps(step, line.device)
+        record["launches"], busy_ms = count_launches(step, line)
         if busy_ms is not None:
             record["idle"] = max(0.0, 1 - busy_ms / record["device_ms"])
         if not torch.isfinite(torch.tensor(record["loss"])):
@@ -135,21 +140,44 @@ def measure_line(line, sizes, device):
     return record
 
 
-def make_step(line, size, device):
+def make_model(line):
+    """(a model of transformers with random weights, random tokens)."""
+    import transformers
+
+    torch.manual_seed(0)
+    width, heads, positions = (32, 2, 16) if line.smoke else (768, 12, 1024)
+    if line.model == MODELS["gpt2"]:
+        vocabulary, batch, length = (64, 2, 8) if line.smoke else (50257, 8, 1024)
+        config = transformers.GPT2Config(
+            vocab_size=vocabulary, n_positions=positions, n_embd=width, n_layer=line.layers, n_head=heads,
+            bos_token_id=0, eos_token_id=0, use_cache=False,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        vocabulary, batch, length = (64, 2, 8) if line.smoke else (30522, 32, 128)
+        config = transformers.BertConfig(
+            vocab_size=vocabulary, max_position_embeddings=min(512, positions), hidden_size=width,
+            num_hidden_layers=line.layers, num_attention_heads=heads, intermediate_size=4 * width,
+        )  # fmt: skip
+        model = transformers.BertForMaskedLM(config)
+    tokens = torch.randint(vocabulary, (2, batch, length), generator=torch.Generator().manual_seed(0))
+    return model.to(line.device).train(), tokens.to(line.device)
+
+
+def make_step(line):
     """A function that makes one training step and returns the loss."""
-    _, norm, mode = line
-    model, weighted_kl = with_norm(models.make_model(size, device), norm, device)
-    tokens, labels = models.make_batch(size, device)
-    on_gpu = device.type == "cuda"
+    model, (tokens, labels) = make_model(line)
+    model, weighted_kl = with_norm(model, line.norm, line.device)
+    on_gpu = line.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=on_gpu)
 
     def loss_of(tokens, labels):
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(tokens, labels)
+        with torch.autocast(line.device.type, torch.bfloat16):
+            loss = model(input_ids=tokens, labels=labels).loss
         return loss + weighted_kl(model)
 
     torch._inductor.config.cpp.enable_kernel_profile = not on_gpu  # to count kernels
-    compute = torch.compile(loss_of) if mode == "compiled" else loss_of
+    compute = torch.compile(loss_of) if line.mode == "compiled" else loss_of
 
     def step():
         loss = compute(tokens, labels)
@@ -158,7 +186,7 @@ def make_step(line, size, device):
         optimizer.step()
         return loss.detach()
 
-    return capture(step) if mode == "captured" else step
+    return capture(step) if line.mode == "captured" else step
 
 
 def capture(step):
@@ -194,7 +222,7 @@ def with_norm(model, norm, device):
 def time_steps(step, device):
     """Median milliseconds from the end of a step on the device to the end of the next, wall time, peak memory."""
     if device.type != "cuda":
-        return {"wall_ms": statistics.median(_wall(step) for _ in range(3))}
+        return {"wall_ms": statistics.median(timeit.repeat(step, number=1, repeat=3)) * 1e3}
     torch.cuda.reset_peak_memory_stats()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
     torch.cuda.synchronize()
@@ -211,10 +239,14 @@ def time_steps(step, device):
     return {"device_ms": device_ms, "wall_ms": wall_ms, "host_ms": host_ms, "peak_bytes": peak_bytes}
 
 
-def count_launches(step, device, compiled=False):
-    """(kernels of a step, milliseconds that they take), from torch's profiler; on the CPU (operations, None)."""
-    if device.type != "cuda":
-        return _count_operations(step, compiled), None
+def count_launches(step, line):
+    """(kernels of a step, milliseconds that they take), from torch's profiler; on the CPU (operations, None).
+
+    Compiled code is looked into by the profiler, as torch.compile does nothing under a dispatch mode; an operator of
+    klnorm is one operation there.
+    """
+    if line.smoke:
+        return (_count_in_compiled_code if line.mode == "compiled" else _count_operations)(step), None
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         step()
         torch.cuda.synchronize()
@@ -241,14 +273,8 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _count_operations(step, compiled):
-    """Operations of a step that compute, and klnorm's launches, on the way that CUDA tensors take.
-
-    Compiled code is looked into by the profiler, as torch.compile does nothing under a dispatch mode; an operator of
-    klnorm is one operation there.
-    """
-    if compiled:
-        return _count_in_compiled_code(step)
+def _count_operations(step):
+    """Operations of a step that compute, and klnorm's launches, on the way that CUDA tensors take."""
     launches = 0
 
     def launch_zeros(call, inputs, parameters, seed, outputs):
@@ -278,15 +304,9 @@ def _count_in_compiled_code(step):
     return count
 
 
-def _wall(step):
-    begun = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begun)
-
-
 def compile_line(line):
-    """One step of a line on the GPU, for what it leaves in the compiler's caches."""
-    make_step(line, models.SIZES[line[0]], torch.device("cuda"))()
+    """One step of a line, for what it leaves in the compiler's caches."""
+    make_step(line)()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import inspect
+from bench import inspect, report
 
 ROW = {
     "n": 1024, "dtype": "bf16", "mode": "shared", "kind": "forward", "arch": "sm_90", "spilled": 0, "shared": 0,
@@ -40,3 +40,16 @@ def test_what_is_past_the_budget(change, message):
 )
 def test_what_is_within(change):
     assert list(inspect.check([ROW | change])) == []
+
+
+def test_the_budget_holds_for_one_triton_alone(monkeypatch, capsys, tmp_path):
+    (tmp_path / "constraints.txt").write_text("torch==2.13.0\ntriton==1.2.3\n")
+    monkeypatch.setattr(inspect, "ROOT", tmp_path)
+    monkeypatch.setattr(inspect, "inspect", None)  # nothing is compiled
+    assert inspect.main(["--check"]) == 0
+    version = inspect.triton.__version__
+    assert capsys.readouterr().out == f"not checked: the budget holds for Triton 1.2.3 alone, and this is {version}\n"
+
+
+def test_the_pinned_triton_is_that_of_the_constraints():
+    assert f"triton=={inspect.pinned_triton()}\n" in (report.ROOT / "constraints.txt").read_text()

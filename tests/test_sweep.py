@@ -1,6 +1,5 @@
 """bench.sweep: what it compiles, compares and prints; in the interpreter, with a clock that is not a GPU's."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_cases import FakeClock
 
 from bench import sweep
 from klnorm import tuning
@@ -16,17 +16,14 @@ from klnorm import tuning
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class FakeClock:
-    """On which every call takes the next of some milliseconds."""
-
-    def __init__(self, times):
-        self.times, self.device = itertools.cycle(times), torch.device("cpu")
+class StillClock(FakeClock):
+    """One that makes no calls: each takes the interpreter a second."""
 
     def batch(self, call, count, host_ms):
-        return count * next(self.times), False
+        return super().batch(id, count, host_ms)
 
     def host(self, call, count):
-        return 0.1, 0.5
+        return super().host(id, count)
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def cases(direction, noise, *shapes, n=64):
 
 def run(small, todo, times=(1.0,)):
     result = {"records": [], "not_run": 0, "copy_gbps": 4000.0}
-    sweep.measured(todo, small(todo), FakeClock(times), result, float("inf"))
+    sweep.measured(todo, small(todo), StillClock(times), result, float("inf"))
     return result
 
 
@@ -68,7 +65,18 @@ def test_wide_candidates_too(small, monkeypatch, direction):
     monkeypatch.setattr(tuning, "sums_wide_shape", lambda *args: tuning.Shape(1, 64, 4, 1, 2))
     shapes = tuning.Shape(1, 64, 4, 1, 2), tuning.Shape(1, 32, 4, 1, 2)
     result = run(small, cases(direction, "shared", *shapes))
-    assert [r["wrong"] for r in result["records"]] == [None, None]
+    assert [(r["wrong"], r["why"], r["ms"]) for r in result["records"]] == [(None, None, 1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("direction", "shapes"), [("forward", [(8, 64)]), ("backward", [(8, 64)]), ("finalize", 4 * [(1, 64)])]
+)
+def test_candidates_are_compared_by_what_their_kernel_writes(small, direction, shapes):
+    (tuned,) = sweep.candidates(direction, "token", 64)[:1]
+    _, arguments = sweep.call_of(direction, "token", 64, tuned, 2, "cpu")
+    results = sweep.written(direction, arguments[-1])
+    assert [tuple(t.shape) for t in results] == shapes
+    assert all(t.isfinite().all() and t.any() for t in results)
 
 
 def test_wrong_results_are_told_and_not_ranked(small, monkeypatch):
@@ -78,7 +86,7 @@ def test_wrong_results_are_told_and_not_ranked(small, monkeypatch):
     text = sweep.table(result)
     assert [r["wrong"] for r in result["records"]] == [None, 0.5]
     assert f"forward shared 64 {list(shapes[1])}: 0.5" in text
-    assert text.count("| forward |") == 1
+    assert text.count("| forward ") == 1
 
 
 def test_differ():
@@ -102,7 +110,7 @@ def test_the_table_has_the_best_five_and_the_tuned_one(small):
     result = run(small, cases("forward", "shared", *shapes))
     for i, record in enumerate(result["records"]):
         record["ms"] = 8.0 - i
-    lines = [line for line in sweep.table(result).splitlines() if "| forward |" in line]
+    lines = [line for line in sweep.table(result).splitlines() if "| forward " in line]
     assert len(lines) == 6
     assert "(tuned)" in lines[-1]
     assert lines[0].split("|")[5].strip() == "1.0000"
@@ -128,7 +136,7 @@ def test_without_a_gpu_it_compiles(tmp_path):
     assert len(records) == len(sweep.candidates("forward", "token", 8192))
     assert all(r["registers"] and r["ms"] is None for r in records)
     again = subprocess.run(
-        [sys.executable, "-m", "bench.sweep", "--table", str(tmp_path / "sweep.json")],
+        [sys.executable, "-m", "bench.table", str(tmp_path / "sweep.json")],
         capture_output=True, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert again.stdout.strip() in done.stdout

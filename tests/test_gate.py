@@ -1,40 +1,24 @@
-"""The benchmark's rows beside LayerNorm: RMSNorm, residual addition, parameters per group, deterministic reading."""
+"""The gate: right contestants pass it, whatever is wrong with one is told; peers are called as their sources say."""
 
 import itertools
-import json
+import math
 import sys
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_bench import CPU, EVERYONE, GATE, TINY, X_BYTES, FakeClock
+from bench_cases import CPU, GATE, RIGHT, TINY, case_of, gate
 from torch import nn
 
-from bench import eager, layers, measure, memory, norms, summary, table, targets
-from bench.cases import FAMILY, OPERATIONS, TARGET_SHAPES, Case, Shape, noises_of, plan, tensors, traffic
+from bench import eager, layers, measure
+from bench.cases import KL_NOISES, KLNORM_NOISES, OPERATIONS, Shape, noises_of
 from bench.check import Wrong, check
-from bench.contestants import OF_OPERATION, at_hand, contestant_of
-from bench.layers import EPS, Layer, dtype_of, plain
+from bench.contestants import OF_OPERATION, Contestant, at_hand, contestant_of
+from bench.layers import EPS, Layer, dtype_of, layer_of, make_values
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
-RIGHT = [
-    (operation, name, noise)
-    for operation in FAMILY
-    for name, contestant in OF_OPERATION[operation].items()
-    if name in ("klnorm", "unfused", "native", "eager")
-    for noise in noises_of(contestant.family)
-]
-
-
-def case_of(operation, name, noise="none", dtype="bf16"):
-    return Case(name, noise, GATE, dtype, operation)
-
-
-def gate(case, change=lambda layer: layer):
-    """Put a case through the gate, its layer changed."""
-    layer, buffers = measure.build(case, CPU, 1)
-    check(change(layer), case, contestant_of(case).family, buffers.inputs[0], buffers.cotangents[0])
+everyone = pytest.mark.parametrize(("operation", "name", "noise"), RIGHT)
 
 
 def outputs_changed(change):
@@ -57,16 +41,15 @@ def backwards(change):
     return Backwards.apply
 
 
-# ---- The gate --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("operation", "name", "noise"), RIGHT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@everyone
 def test_right_contestants_pass(operation, name, noise, dtype):
     gate(case_of(operation, name, noise, dtype))
 
 
-COMPILED = [(operation, name) for operation in FAMILY for name in OF_OPERATION[operation] if name.endswith("compiled")]
+COMPILED = [
+    (operation, name) for operation in OPERATIONS for name in OF_OPERATION[operation] if name.endswith("compiled")
+]
 
 
 @pytest.fixture
@@ -91,31 +74,37 @@ def test_compiled_contestants_pass(operation, name, light_compiler):
 def test_compiled_contestants_of_any_number_of_shapes(light_compiler):
     with torch._dynamo.config.patch(recompile_limit=1):
         for width in 8, 16:
-            gate(Case("compiled", "none", Shape(2, 3, width), "fp32"))
+            gate(case_of("layer_norm", "compiled", dtype="fp32", shape=Shape(2, 3, width)))
 
 
 def test_compiled_contestants_go_backward_over_and_over(light_compiler):
-    call = measure.calls(*measure.build(case_of("layer_norm", "eager_compiled", "token"), CPU, 1))["backward"]()
+    call = measure.calls(*measure.build(case_of("layer_norm", "eager_compiled", "token"), CPU))["backward"]()
     call(0)
     call(0)
 
 
 def test_gate_goes_through_chunks(monkeypatch):
     monkeypatch.setattr("bench.check.CHUNK", 48 * GATE.width)  # a chunk and a half of a sample, and a shorter last one
+    for noise in KLNORM_NOISES:
+        gate(case_of("layer_norm", "klnorm", noise, "fp32"))
     for operation, noise in itertools.product(("residual", "groups"), ("sample", "token")):
         gate(case_of(operation, "klnorm", noise, "fp32"))
 
 
+def test_gate_handles_samples_of_one_row():
+    gate(case_of("layer_norm", "klnorm", "sample", "fp32", Shape(16, 1, 64)))
+
+
 def test_gate_stays_finite_where_the_sum_is_zero():
     case = case_of("rms_residual", "klnorm", "token")
-    layer, buffers = measure.build(case, CPU, 1)
+    layer, buffers = measure.build(case, CPU)
     x, residual = buffers.inputs[0]
     with torch.no_grad():
         residual[:, ::3, ::2] = -x[:, ::3, ::2]
     check(layer, case, "klnorm", (x, residual), buffers.cotangents[0])
 
 
-@pytest.mark.parametrize(("operation", "name", "noise"), RIGHT)
+@everyone
 def test_gate_refuses_wrong_output(operation, name, noise):
     def one_element_off(y, *others):
         bump = torch.zeros_like(y)
@@ -124,9 +113,11 @@ def test_gate_refuses_wrong_output(operation, name, noise):
 
     with pytest.raises(Wrong, match=r"^y is off"):
         gate(case_of(operation, name, noise), outputs_changed(one_element_off))
+    with pytest.raises(Wrong, match=r"^y is off"):
+        gate(case_of(operation, name, noise), outputs_changed(lambda y, *others: (y * float("nan"), *others)))
 
 
-@pytest.mark.parametrize(("operation", "name", "noise"), RIGHT)
+@everyone
 def test_gate_refuses_wrong_gradients(operation, name, noise):
     def scaled(parameter):
         def change(layer):
@@ -136,9 +127,26 @@ def test_gate_refuses_wrong_gradients(operation, name, noise):
         return change
 
     case = case_of(operation, name, noise)
-    for parameter in measure.build(case, CPU, 1)[0].parameters:
+    for parameter in measure.build(case, CPU)[0].parameters:
         with pytest.raises(Wrong, match=f"gradient of {parameter}"):
             gate(case, scaled(parameter))
+
+
+def test_gate_refuses_wrong_dx():
+    twice = backwards(lambda gradient: 2 * gradient)
+    with pytest.raises(Wrong, match=r"^dx is off"):
+        gate(case_of("layer_norm", "native", dtype="fp32"), outputs_changed(lambda y: (twice(y),)))
+
+
+def test_gate_refuses_wrong_kl():
+    with pytest.raises(Wrong, match=r"^kl is off"):
+        gate(case_of("layer_norm", "klnorm", "batch", "fp32"), outputs_changed(lambda y, kl: (y, kl / 2)))
+
+
+def test_gate_refuses_klnorm_without_its_noise():
+    case = case_of("layer_norm", "klnorm", "token", "fp32")
+    with pytest.raises(Wrong, match="0 seeds"):
+        gate(case, lambda layer: layers.build_eager(case, make_values(GATE.width, CPU), CPU))
 
 
 @pytest.mark.parametrize("operation", ["residual", "rms_residual"])
@@ -184,7 +192,7 @@ def test_gate_refuses_another_normalization(operation, make, dtype):
 
     def other(layer):
         values = {name: p.detach() for name, p in layer.parameters.items()}
-        return plain(make(), values, CPU, dtype_of(case))
+        return layer_of(make(), values, CPU, dtype_of(case))
 
     with pytest.raises(Wrong, match=r"^y is off"):
         gate(case, other)
@@ -215,13 +223,59 @@ def test_gate_refuses_a_wrong_deterministic_kl(name):
         gate(case_of("deterministic", name), outputs_changed(lambda y, kl: (y, 1.01 * kl)))
 
 
-def test_gate_refuses_eager_rms_noise_of_wrong_size(monkeypatch):
+@pytest.mark.parametrize("operation", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("noise", KL_NOISES)
+def test_gate_refuses_eager_noise_of_wrong_size(operation, noise, monkeypatch):
     randn = torch.randn
-    case = case_of("rms_norm", "eager", "token", "fp32")
-    layer, buffers = measure.build(case, CPU, 1)
+    case = case_of(operation, "eager", noise, "fp32")
+    layer, buffers = measure.build(case, CPU)
     monkeypatch.setattr(eager.torch, "randn", lambda *args, **kwargs: 2.5 * randn(*args, **kwargs))
     with pytest.raises(Wrong, match="the noise has variance"):
         check(layer, case, "kl", buffers.inputs[0], buffers.cotangents[0])
+
+
+def test_gate_refuses_eager_noise_without_gradient(monkeypatch):
+    softplus = F.softplus
+
+    def detached(layer):
+        def forward(x):
+            with monkeypatch.context() as patch:
+                patch.setattr(eager.F, "softplus", lambda rho: softplus(rho).detach() + 0 * rho)
+                return layer.forward(x)
+
+        return Layer(forward, layer.parameters)
+
+    with pytest.raises(Wrong, match=r"gradient of weight_rho|identity"):
+        gate(case_of("layer_norm", "eager", "batch", "fp32"), detached)
+
+
+def test_eager_rows_that_share_a_draw():
+    x = torch.randn(TINY.width).expand(4, 6, -1)
+    rows = {noise: eager.EagerKLNorm(TINY.width, noise=noise)(x).detach().flatten(0, 1) for noise in KL_NOISES}
+    assert {noise: len(torch.unique(y, dim=0)) for noise, y in rows.items()} == {"batch": 1, "sample": 4, "token": 24}
+
+
+def test_replace_with_eager_keeps_function_and_counts_all():
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    x = torch.randn(2, 3, 8)
+    expected = model(x)
+    assert eager.replace_with_eager(model, "sample") is model
+    torch.testing.assert_close(model.eval()(x), expected)
+    s, p = 0.05, 0.1
+    each = math.log(p / s) + s**2 / (2 * p**2) - 0.5  # means at the prior's
+    assert eager.kl_divergence(model).item() == pytest.approx(4 * 8 * each, rel=1e-5)
+
+
+def test_values_are_bf16_numbers():
+    for value in make_values(64, CPU).values():
+        assert torch.equal(value, value.bfloat16().float())
+
+
+def test_absent_contestants_say_why():
+    absent = Contestant("x", None, requires=("a_module_that_is_not_there",)).missing()
+    assert "a_module_that_is_not_there" in absent
+    assert "nothing_of_that_name" in Contestant("x", None, requires=("math:nothing_of_that_name",)).missing()
+    assert OF_OPERATION["layer_norm"]["klnorm"].missing() is None
 
 
 # ---- Peers: stand-ins with the signatures of their sources, so that what is passed to them is checked ----------------
@@ -357,144 +411,3 @@ def test_absent_peers_are_listed(monkeypatch):
         assert families[operation].keys() == {n for n, c in contestants.items() if c.missing() is None}
         assert "quack" not in families[operation]
         assert families[operation]["klnorm"] == contestants["klnorm"].family
-
-
-# ---- Cases, traffic, targets -----------------------------------------------------------------------------------------
-
-
-def test_plan_puts_layer_norm_first():
-    cases = plan(EVERYONE)
-    first = next(i for i, case in enumerate(cases) if case.operation != "layer_norm")
-    assert {(c.contestant, c.shape) for c in cases[:first] if c.noise in ("batch", "none")} >= set(
-        itertools.product(EVERYONE["layer_norm"], TARGET_SHAPES)
-    )
-    n_contestants = sum(len(EVERYONE[operation]) for operation in FAMILY)
-    telling = cases[first : first + n_contestants]
-    assert {(c.operation, c.contestant) for c in telling} == {(op, name) for op in FAMILY for name in EVERYONE[op]}
-    assert {c.shape for c in telling} == {TARGET_SHAPES[0]}
-    assert {"rms_norm/klnorm/token/4096x65536/bf16", "groups/klnorm/token/1024x768/bf16"} <= {c.key for c in cases}
-
-
-def test_quick_plan_has_three_family_rows():
-    assert [case.key for case in plan(EVERYONE, quick=True) if case.operation != "layer_norm"] == [
-        "rms_norm/klnorm/batch/16384x4096/bf16",
-        "residual/klnorm/batch/16384x4096/bf16",
-        "residual/unfused/batch/16384x4096/bf16",
-    ]
-
-
-def test_minimal_traffic():
-    found = {name: [tensors(name, d) for d in ("forward", "backward", "both")] for name in OPERATIONS}
-    assert found.keys() == OPERATIONS.keys()
-    for name, counts in found.items():
-        assert counts == ([4, 4, 8] if name in ("residual", "rms_residual") else [2, 3, 5])
-    assert traffic(case_of("residual", "klnorm", "batch"), "forward", 2) == 8 * GATE.elements
-
-
-def record_of(operation, contestant, noise, shape, ms, gbps=3000.0):
-    times = {"forward": ms[0], "backward": ms[1], "both": sum(ms)}
-    return {
-        "operation": operation, "contestant": contestant, "noise": noise, "dtype": "bf16", "shape": str(shape),
-        "width": shape.width, "n_rows": shape.n_rows, "elements": shape.elements, "status": "ok", "wall_ms": 1.0,
-        "saved_bytes": 0, **{d: {"median_ms": t, "gbps": gbps} for d, t in times.items()},
-    }  # fmt: skip
-
-
-def test_residual_targets_are_the_ratios_of_traffic():
-    shape = TARGET_SHAPES[0]
-    records = [
-        record_of("residual", "unfused", "batch", shape, (1.0, 2.0)),
-        record_of("residual", "klnorm", "batch", shape, (0.79, 1.4)),
-        record_of("rms_residual", "klnorm", "batch", shape, (0.1, 0.1)),
-    ]
-    verdicts = {v["target"]: v for v in targets.evaluate({"records": records, "copy_gbps": 3000.0})}
-    wanted = {"forward": (4 / 5, 0.79, True), "backward": (4 / 6, 0.7, False), "both": (8 / 11, 0.73, False)}
-    for direction, (limit, measured, met) in wanted.items():
-        verdict = verdicts[f"residual, {direction}, batch: time over add, then klnorm"]
-        assert (verdict["wanted"], verdict["met"]) == (pytest.approx(limit), met)
-        assert verdict["measured"] == pytest.approx(measured)
-        assert verdicts[f"rms_residual, {direction}, batch: time over add, then klnorm"]["met"] is None
-
-
-def test_operations_do_not_answer_for_each_other():
-    shape = TARGET_SHAPES[0]
-    records = [
-        record_of("layer_norm", "klnorm", "batch", shape, (1.0, 1.0), gbps=2950.0),
-        record_of("layer_norm", "native", "none", shape, (2.0, 2.0)),
-        record_of("rms_norm", "klnorm", "batch", shape, (4.0, 4.0), gbps=1500.0),
-        record_of("rms_norm", "native", "none", shape, (1.0, 1.0)),
-        record_of("groups", "klnorm", "batch", shape, (9.0, 9.0), gbps=30.0),
-    ]
-    verdicts = {v["target"]: v for v in targets.evaluate({"records": records, "copy_gbps": 3000.0})}
-    name = "forward, eval/batch/sample, N=256 to 8192: share of copy"
-    assert verdicts[name]["measured"] == pytest.approx(2950 / 3000)
-    assert verdicts[f"rms_norm, {name}"]["measured"] == pytest.approx(0.5)
-    assert verdicts["forward+backward, batch: time over native"]["measured"] == pytest.approx(0.5)
-
-
-# ---- Memory ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("operation", "name", "noise", "parameters", "rest"),
-    [
-        ("rms_norm", "klnorm", "batch", 2 * 16 * 4, 24 * 4 + 8),  # rstd of every row, the seed
-        ("residual", "klnorm", "token", 4 * 16 * 4, 24 * 8 + 8),
-        ("residual", "unfused", "token", 6 * 16 * 4, 24 * 8 + 8),  # the layer's priors are tensors
-        ("residual", "native", "none", 2 * 16 * 4, 24 * 8),
-        ("rms_residual", "klnorm", "batch", 2 * 16 * 4, 24 * 4 + 8),
-        ("groups", "klnorm", "sample", 4 * 4 * 16 * 4, 24 * 8 + 8),
-        ("deterministic", "klnorm", "none", 2 * 16 * 4, 24 * 8),  # no seed
-    ],
-)
-def test_bytes_kept(operation, name, noise, parameters, rest):
-    record = memory.count(Case(name, noise, TINY, "fp32", operation), CPU)
-    assert record["why"] is None
-    assert (record["saved_x"], record["saved_parameters"], record["saved_rest"]) == (X_BYTES, parameters, rest)
-
-
-def test_memory_covers_the_family(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "BERT", TINY)
-    monkeypatch.setattr(memory, "LARGE", TINY)
-    monkeypatch.setattr(memory, "LINES", [])
-    assert memory.main(["--output", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "memory.json").read_text())
-    assert {r["operation"] for r in result["records"]} == set(FAMILY)
-    assert all(r["why"] is None for r in result["records"])
-    assert table.main([str(tmp_path / "memory.json")]) == 0
-    text = capsys.readouterr().out
-    assert text.count("| bytes beside x (768) and parameters, 24x16 bf16 | batch noise |") == 1
-    assert "| residual: add, then klnorm | 200 |" in text
-    assert "| deterministic: klnorm | 192 |" in text
-
-
-# ---- The run ---------------------------------------------------------------------------------------------------------
-
-
-def test_run_with_the_family(tmp_path, monkeypatch, capsys):
-    shape = Shape(4, 6, 1024)
-    lines = [("klnorm", "batch", "layer_norm"), ("klnorm", "batch", "residual"), ("unfused", "batch", "residual")]
-    lines += [("native", "none", "residual"), ("klnorm", "none", "deterministic"), ("apex_fused", "none", "rms_norm")]
-    cases = [Case(name, noise, shape, "bf16", operation) for name, noise, operation in lines]
-    monkeypatch.setattr(targets, "TARGET_ELEMENTS", shape.elements)
-    monkeypatch.setattr(norms, "plan", lambda families, quick: cases)
-    assert norms.run(norms.parse(["--output", str(tmp_path)]), CPU, FakeClock([0.25])) == 0
-    printed = capsys.readouterr().out
-    assert "24x1024 bf16 residual " in printed
-    assert "absent: rms_residual/quack (" in printed
-
-    result = json.loads((tmp_path / "norms.json").read_text())
-    assert [(r["contestant"], r["noise"], r["operation"]) for r in result["records"]] == lines
-    assert [r["status"] for r in result["records"]] == ["ok"] * 5 + ["failed"]
-    fused = result["records"][1]
-    for direction, bytes_per_element in ("forward", 8), ("backward", 8), ("both", 16):
-        expected = bytes_per_element * shape.elements / 0.25e-3 / 1e9
-        assert fused[direction]["gbps"] == pytest.approx(expected)
-
-    assert (tmp_path / "norms.png").stat().st_size > 0
-    assert table.main([str(tmp_path / "norms.json")]) == 0
-    text = capsys.readouterr().out
-    assert "Share of the copy bandwidth, residual, backward" in text
-    assert "| add, then klnorm | 1.00 |" in text
-    page = "\n".join(summary.summarize(tmp_path))
-    assert "rms_norm/apex_fused none 24x1024 bf16 failed" in page
