@@ -3,11 +3,13 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -181,3 +183,16 @@ def test_editable_install(tmp_path):
     tree = copy_tree(tmp_path / "tree")
     pip_install(tmp_path / "site", "--editable", tree)
     assert_trains(tmp_path / "site", tree / "klnorm")
+
+
+EXTRAS = {"plot": {"matplotlib"}, "demo": {"scikit-learn", "scipy", "matplotlib", "tabulate", "tqdm"}}
+
+
+def test_extras_that_remedies_name_bring_what_is_missing():
+    named = {
+        extra for path in SOURCES for extra in re.findall(r"pip install 'klnorm\[(\w+)\]'", path.read_text("utf-8"))
+    }
+    assert named == EXTRAS.keys()
+    for extra, packages in EXTRAS.items():
+        required = [line for line in metadata.requires("klnorm") if line.endswith(f'extra == "{extra}"')]
+        assert {re.match(r"[\w-]+", line)[0] for line in required} == packages
