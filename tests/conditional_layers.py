@@ -2,21 +2,18 @@
 
 import torch
 from torch import nn
+from trained_layers import N, perturbed
 
 from klnorm import KLConditionalLayerNorm, kl_divergence, reference
 
-N, C = 6, 3
+C = 3
 NOISES = "batch", "sample", "token"
 CONDITIONS = "self", C
 
 
 def trained(condition="self", device="cpu", dtype=torch.float64, shape=N, **options):
     """A layer in which nothing is as in a new one, the low-rank part least of all."""
-    layer = KLConditionalLayerNorm(shape, condition, 2, device=device, dtype=dtype, **options)
-    with torch.no_grad():
-        for t in (*layer.parameters(), *layer.buffers()):
-            t.add_(torch.randn_like(t) * 0.3)
-    return layer
+    return perturbed(KLConditionalLayerNorm(shape, condition, 2, device=device, dtype=dtype, **options))
 
 
 def inputs(condition, leading=(4, 5), device="cpu", dtype=torch.float64, sample_dim=0, shape=(N,)):
@@ -32,11 +29,6 @@ def inputs(condition, leading=(4, 5), device="cpu", dtype=torch.float64, sample_
             mask.fill_(True)
         return x, {"mask": mask}
     return x, {"condition": torch.randn(leading[sample_dim], C, device=device, dtype=dtype, requires_grad=True)}
-
-
-def seeded(function, *args, seed=0, **options):
-    torch.manual_seed(seed)
-    return function(*args, **options)
 
 
 def conditions_of(layer, x, condition=None, mask=None):

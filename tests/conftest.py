@@ -134,6 +134,15 @@ def like_cuda(kernels_path, monkeypatch, device):
 
 
 @pytest.fixture
+def process_group(device):
+    """A group of one process, for wrappers that want one."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # fully_shard moves parameters to the GPU
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def no_gpu(monkeypatch):
     """Without a GPU, whatever the machine has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

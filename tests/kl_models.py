@@ -5,19 +5,16 @@ from torch import nn
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as divergence_of
 from torch.utils.checkpoint import checkpoint
+from trained_layers import N, perturbed
 
 from klnorm import KLLayerNorm, kl_divergence
-
-N = 6
 
 
 def small_model(device, dtype=torch.float64, following=nn.Linear, **options):
     """Linear, KL-Norm, and a layer that does (nn.Linear) or does not (nn.Dropout) save its input; random posteriors."""
     last = following(N, 3) if following is nn.Linear else following()
     model = nn.Sequential(nn.Linear(4, N), KLLayerNorm(N, prior_std=0.4, **options), last).to(device, dtype)
-    with torch.no_grad():
-        for t in (*model[1].parameters(), *model[1].buffers()):
-            t.add_(torch.randn_like(t) * 0.3)
+    perturbed(model[1])
     return model
 
 

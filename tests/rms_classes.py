@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from trained_layers import perturbed
 
 N = 8
 
@@ -237,23 +238,11 @@ FOREIGN = Rms, OnePlus, Subclass, TwoEps, Inner
 
 
 def model_of(*layers):
-    model = nn.Sequential(*layers)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return model
+    return perturbed(nn.Sequential(*layers))
 
 
 def new(kind, device="cpu"):
     return model_of(kind(N) if issubclass(kind, nn.RMSNorm) else kind()).to(device)[0]
-
-
-def snapshot(model):
-    """Everything about the modules of a model that a failed call must leave as it was."""
-    return [
-        (name, type(module), dict(vars(module)), list(module._parameters.items()), list(module._buffers.items()))
-        for name, module in model.named_modules()
-    ]
 
 
 def with_own_forward(layer):

@@ -13,10 +13,10 @@ from conditional_layers import (
     exactness,
     gradients,
     inputs,
-    seeded,
     specified,
     trained,
 )
+from trained_layers import seeded
 
 from klnorm import KLConditionalLayerNorm, KLLayerNorm, kl_divergence
 

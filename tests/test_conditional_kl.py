@@ -7,8 +7,9 @@ import weakref
 
 import pytest
 import torch
-from conditional_layers import CONDITIONS, C, N, assert_same, exactness, gradients, inputs, seeded, specified, trained
+from conditional_layers import CONDITIONS, C, N, assert_same, exactness, gradients, inputs, specified, trained
 from torch import nn
+from trained_layers import seeded
 
 import klnorm
 from klnorm import KLLayerNorm, kl_divergence

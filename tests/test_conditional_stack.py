@@ -17,13 +17,13 @@ from conditional_layers import (
     gradients,
     inputs,
     loss_of,
-    seeded,
     specified,
     trained,
 )
 from torch import nn
 from torch.distributed import fsdp
 from torch.utils.checkpoint import checkpoint
+from trained_layers import seeded
 
 import klnorm
 from klnorm import KLConditionalLayerNorm, kl_divergence
@@ -211,23 +211,18 @@ def test_optimizer_groups(device):
 
 
 @pytest.mark.parametrize("reshard", [False, True])
-def test_fsdp2_needs_the_parameters_whole(device, reshard):
-    backend = "nccl" if device.type == "cuda" else "gloo"  # fully_shard moves parameters to a GPU that it sees
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model, (x, given) = Model("self", device), inputs("self", device=device)
-        expected = gradients([seeded(loss_of, model, x, **given)], model, x)
-        fsdp.fully_shard(model.norm, reshard_after_forward=reshard)
-        if reshard:
-            with pytest.raises(ValueError, match=r"sharded.*Remedy: fully_shard\(layer, reshard_after_forward=False\)"):
-                loss_of(model, x, **given)
-            return
-        (0.3 * seeded(loss_of, model, x, **given)).backward()
-        found = {name: klnorm.compat.whole(p.grad) for name, p in model.named_parameters()}
-        scale = torch.randn((), generator=torch.Generator().manual_seed(9), dtype=torch.float64) / 0.3
-        assert_same({k: scale * g for k, g in found.items()}, {k: expected[k] for k in found}, 1e-12)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_fsdp2_needs_the_parameters_whole(device, process_group, reshard):
+    model, (x, given) = Model("self", device), inputs("self", device=device)
+    expected = gradients([seeded(loss_of, model, x, **given)], model, x)
+    fsdp.fully_shard(model.norm, reshard_after_forward=reshard)
+    if reshard:
+        with pytest.raises(ValueError, match=r"sharded.*Remedy: fully_shard\(layer, reshard_after_forward=False\)"):
+            loss_of(model, x, **given)
+        return
+    (0.3 * seeded(loss_of, model, x, **given)).backward()
+    found = {name: klnorm.compat.whole(p.grad) for name, p in model.named_parameters()}
+    scale = torch.randn((), generator=torch.Generator().manual_seed(9), dtype=torch.float64) / 0.3
+    assert_same({k: scale * g for k, g in found.items()}, {k: expected[k] for k in found}, 1e-12)
 
 
 def test_functional_transforms_leave_nothing_behind(device):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conditional_layers import CONDITIONS, C, N, inputs, seeded, trained
+from conditional_layers import CONDITIONS, C, N, inputs, trained
 from torch import nn
+from trained_layers import perturbed, seeded
 
 from klnorm import KLConditionalLayerNorm, KLLayerNorm
 
@@ -30,10 +31,7 @@ def test_state_goes_around(device, condition):
 @pytest.mark.parametrize("static", [nn.LayerNorm, KLLayerNorm])
 @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
 def test_a_static_layers_state_makes_it_that_layer(device, static, assign, meta):
-    plain = static(N, device=device, dtype=torch.float64)
-    with torch.no_grad():
-        for t in (*plain.parameters(), *plain.buffers()):
-            t.add_(torch.randn_like(t) * 0.3)
+    plain = perturbed(static(N, device=device, dtype=torch.float64))
     layer = trained(device=device)
     if meta:
         layer.to("meta") if assign else layer.to("meta").to_empty(device=device)

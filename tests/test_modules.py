@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from trained_layers import DTYPES, PARAMETERS, N, noise_of, trained
+from trained_layers import DTYPES, PARAMETERS, N, seeded, trained
 
 import klnorm
 from klnorm import KLLayerNorm
@@ -16,7 +16,7 @@ def test_without_shift(device):
     assert layer.bias is layer.bias_rho is layer.bias_prior is None
     assert layer.state_dict().keys() == {"weight", "weight_rho", "weight_prior"}
     x = torch.randn(4, N, device=device)
-    y = noise_of(layer, x)
+    y = seeded(layer, x)
     xhat = F.layer_norm(x, (N,))
     gamma = (y * xhat).sum(0) / xhat.square().sum(0)  # of the line through 0 nearest to all rows
     # A few roundings of numbers of size 1, where a shift would be seen.
@@ -29,7 +29,7 @@ def test_several_normalized_dimensions(device):
     flat.load_state_dict({key: value.flatten() for key, value in layer.state_dict().items()})
     assert layer.weight_rho.shape == layer.bias_prior.shape == (2, 3)
     x = torch.randn(4, 5, 2, 3, device=device)
-    assert torch.equal(noise_of(layer, x), noise_of(flat, x.flatten(2)).unflatten(2, (2, 3)))
+    assert torch.equal(seeded(layer, x), seeded(flat, x.flatten(2)).unflatten(2, (2, 3)))
     assert torch.equal(klnorm.kl_divergence(layer), klnorm.kl_divergence(flat))
 
 
@@ -40,7 +40,7 @@ def test_several_normalized_dimensions(device):
 def test_training_passes_every_setting_to_the_functional(device, noise):
     layer = trained(device, (2, 3), eps=0.3, noise=noise, sample_dim=1, prior_std=0.7)
     x = torch.randn(3, 4, 2, 3, device=device)
-    y = noise_of(layer, x)
+    y = seeded(layer, x)
     torch.manual_seed(0)
     expected, kl = kl_layer_norm(
         x, (2, 3), layer.weight, layer.bias, layer.weight_rho, layer.bias_rho, weight_prior=layer.weight_prior,
@@ -52,10 +52,10 @@ def test_training_passes_every_setting_to_the_functional(device, noise):
 
 def test_training_noise_is_fresh_and_reproducible(device):
     layer, x = trained(device), torch.randn(3, 4, N, device=device)
-    first = noise_of(layer, x, 1)
+    first = seeded(layer, x, seed=1)
     assert not torch.isclose(first, layer(x)).all()
-    assert torch.equal(first, noise_of(layer, x, 1))
-    assert not torch.isclose(first, noise_of(layer, x, 2)).all()
+    assert torch.equal(first, seeded(layer, x, seed=1))
+    assert not torch.isclose(first, seeded(layer, x, seed=2)).all()
 
 
 def test_own_generator_makes_the_noise_and_leaves_torchs_alone(device):
@@ -98,7 +98,7 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same_one(device, frozen
     def gradients():
         for t in tensors.values():
             t.grad = None
-        noise_of(layer, x).backward(dy)
+        seeded(layer, x).backward(dy)
         return {name: t.grad for name, t in tensors.items()}
 
     expected = gradients()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from trained_layers import DTYPES, STATE, N, noise_of
+from trained_layers import DTYPES, STATE, N, seeded
 
 import klnorm
 from klnorm import KLLayerNorm
@@ -141,7 +141,7 @@ def test_numbers_of_any_type_mean_the_same(layer, option, value, plain):
     torch.manual_seed(0)
     expected = layer(N, **{option: plain})
     assert type(getattr(made, option)) is type(plain)
-    assert torch.equal(noise_of(made, x), noise_of(expected, x))
+    assert torch.equal(seeded(made, x), seeded(expected, x))
     assert torch.equal(klnorm.kl_divergence(made), klnorm.kl_divergence(expected))
     assert torch.equal(made.eval()(x), expected.eval()(x))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from trained_layers import DTYPES, STATE, N, noise_of, trained
+from trained_layers import DTYPES, STATE, N, seeded, trained
 
 import klnorm
 from klnorm import KLLayerNorm
@@ -57,8 +57,8 @@ def test_copies_are_equal_and_independent_even_while_a_graph_is_alive(device, du
     assert type(other) is KLLayerNorm
     assert same_state(layer, other)
     assert repr(other) == repr(layer)
-    assert torch.equal(noise_of(layer, x), noise_of(other, x))
-    assert torch.equal(noise_of(layer, x), noise_of(other, x))  # the copies' generators move on separately
+    assert torch.equal(seeded(layer, x), seeded(other, x))
+    assert torch.equal(seeded(layer, x), seeded(other, x))  # the copies' generators move on separately
     torch.testing.assert_close(klnorm.kl_divergence(other), kl)
     (kl.detach() + y.sum() + klnorm.kl_divergence(other)).backward()  # the copy's KL has a graph of its own
     torch.testing.assert_close(klnorm.kl_divergence(layer), kl)
@@ -75,7 +75,7 @@ def test_whole_module_survives_torch_save(device, tmp_path):
     loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
     assert y.requires_grad
     assert same_state(layer, loaded)
-    assert torch.equal(noise_of(layer, x), noise_of(loaded, x))
+    assert torch.equal(seeded(layer, x), seeded(loaded, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from rms_classes import FOREIGN, Doubled, N, OnePlus, Rms, Subclass, model_of, new, snapshot
+from rms_classes import FOREIGN, Doubled, N, OnePlus, Rms, Subclass, model_of, new
 from torch import nn
+from unchanged import snapshot
 
 import klnorm
 from klnorm import KLRMSNorm, kl_layers, replace_rms_norm

@@ -15,9 +15,9 @@ from rms_classes import (
     Rms,
     Subclass,
     model_of,
-    snapshot,
 )
 from torch import nn
+from unchanged import snapshot
 
 import klnorm
 from klnorm import kl_layers, last_norms, replace_rms_norm, restore_rms_norm

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from rms_classes import N, Rms, model_of, snapshot, with_own_forward
+from rms_classes import N, Rms, model_of, with_own_forward
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from unchanged import snapshot
 
 import klnorm
 from klnorm import kl_layers, replace_rms_norm

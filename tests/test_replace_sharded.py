@@ -11,13 +11,6 @@ import klnorm
 from klnorm import kl_layers, replace_rms_norm, restore_rms_norm
 
 
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def sharded(model, part):
     """`model` under FSDP2, as a whole or in its layers."""
     from torch.distributed.fsdp import fully_shard
