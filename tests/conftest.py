@@ -76,12 +76,36 @@ def _patched_once():
 
 
 @pytest.fixture
-def kernels_path(monkeypatch):
+def fresh_plans():
+    """Launches are planned anew: a test may patch what they are planned by."""
+    from klnorm import launch
+
+    for plan in launch.forward_plan, launch.backward_plan:
+        plan.cache_clear()
+    yield
+    for plan in launch.forward_plan, launch.backward_plan:
+        plan.cache_clear()
+
+
+@pytest.fixture
+def kernels_path(fresh_plans, monkeypatch):
     """CPU tensors take the way of CUDA tensors, to the kernels."""
     from klnorm import launch, ops
 
     monkeypatch.setattr(ops, "_compute_forward", launch.forward)
     monkeypatch.setattr(ops, "_compute_backward", launch.backward)
+
+
+@pytest.fixture(params=["cpu_path", "kernels"])
+def path(request, monkeypatch):
+    """The way that the call takes; "wide_kernels", for whoever asks for it, takes rows in pieces of 256."""
+    from small_tiles import in_pieces
+
+    if request.param != "cpu_path":
+        request.getfixturevalue("kernels_path")
+    if request.param == "wide_kernels":
+        in_pieces(monkeypatch, 256, 2)
+    return request.param
 
 
 class Event:

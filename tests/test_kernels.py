@@ -34,13 +34,8 @@ def programs(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_plans(device, monkeypatch):
-    """No launch is planned as in another test, which may have patched what it is planned by.
-
-    In the interpreter, where a program costs milliseconds, one finalizes more features than on a GPU.
-    """
-    launch.forward_plan.cache_clear()
-    launch.backward_plan.cache_clear()
+def _few_programs(device, fresh_plans, monkeypatch):
+    """In the interpreter, where a program costs milliseconds, one finalizes more features than on a GPU."""
     if device.type == "cpu":
         monkeypatch.setattr(
             tuning,

@@ -12,14 +12,6 @@ N = 24
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # of fp64, in which 1 + weight is rounded once or not at all
 
 
-@pytest.fixture(params=["cpu_path", "kernels"])
-def path(request):
-    """The way that the call takes."""
-    if request.param == "kernels":
-        request.getfixturevalue("kernels_path")
-    return request.param
-
-
 @pytest.mark.parametrize("mode", ["batch", "sample", "token", "evaluation", "deterministic"])
 @pytest.mark.parametrize("rms", [False, True])
 def test_is_the_norm_with_the_sum_for_a_weight(device, path, rms, mode):
