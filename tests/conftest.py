@@ -88,7 +88,19 @@ def fresh_plans():
 
 
 @pytest.fixture
-def kernels_path(fresh_plans, monkeypatch):
+def few_programs(device, fresh_plans, monkeypatch):
+    """In the interpreter, where a program costs milliseconds, one finalizes more features than on a GPU."""
+    from klnorm import tuning
+
+    def finalizer_shape(n_cols):
+        return tuning.Shape(2, min(1 << 16, max(64, tuning.next_power_of_2(n_cols))), 4)
+
+    if device.type == "cpu":
+        monkeypatch.setattr(tuning, "finalizer_shape", finalizer_shape)
+
+
+@pytest.fixture
+def kernels_path(few_programs, monkeypatch):
     """CPU tensors take the way of CUDA tensors, to the kernels."""
     from klnorm import launch, ops
 

@@ -21,6 +21,8 @@ from klnorm.spec import Parameters, Prior, Rows, dtypes_of, make_spec
 PRIOR_STD, EPS = 0.3, 1e-5
 MODES = "none", "batch", "sample", "token"
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 
 @pytest.fixture(params=[(1, True), (3, False), (1000, True)], ids=lambda p: f"{p[0]}sm-{p[1]}")
 def programs(request, monkeypatch):
@@ -31,17 +33,6 @@ def programs(request, monkeypatch):
     monkeypatch.setattr(launch, "_target", few)
     monkeypatch.setattr(tuning, "backward_shape", lambda *args: shape(*args)._replace(per_multiprocessor=1))
     prepare(monkeypatch, prepared)
-
-
-@pytest.fixture(autouse=True)
-def _few_programs(device, fresh_plans, monkeypatch):
-    """In the interpreter, where a program costs milliseconds, one finalizes more features than on a GPU."""
-    if device.type == "cpu":
-        monkeypatch.setattr(
-            tuning,
-            "finalizer_shape",
-            lambda n_cols: tuning.Shape(2, min(1 << 16, max(64, tuning.next_power_of_2(n_cols))), 4),
-        )
 
 
 class Problem:
