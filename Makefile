@@ -26,7 +26,7 @@ demo: $(INSTALLED) ## train a small model with KL-Norm and show what it learns
 	@$(RUN) klnorm.demo $(ARGS)
 
 test: $(INSTALLED) ## run the tests, in a process per core
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n auto $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal $(ARGS)
 
 budget: $(INSTALLED) ## compile every kernel for sm_90 and compare the code with its budget
 	@$(RUN) bench.inspect --check

@@ -76,12 +76,48 @@ def _patched_once():
 
 
 @pytest.fixture
-def kernels_path(monkeypatch):
+def fresh_plans():
+    """Launches are planned anew: a test may patch what they are planned by."""
+    from klnorm import launch
+
+    for plan in launch.forward_plan, launch.backward_plan:
+        plan.cache_clear()
+    yield
+    for plan in launch.forward_plan, launch.backward_plan:
+        plan.cache_clear()
+
+
+@pytest.fixture
+def few_programs(device, fresh_plans, monkeypatch):
+    """In the interpreter, where a program costs milliseconds, one finalizes more features than on a GPU."""
+    from klnorm import tuning
+
+    def finalizer_shape(n_cols):
+        return tuning.Shape(2, min(1 << 16, max(64, tuning.next_power_of_2(n_cols))), 4)
+
+    if device.type == "cpu":
+        monkeypatch.setattr(tuning, "finalizer_shape", finalizer_shape)
+
+
+@pytest.fixture
+def kernels_path(few_programs, monkeypatch):
     """CPU tensors take the way of CUDA tensors, to the kernels."""
     from klnorm import launch, ops
 
     monkeypatch.setattr(ops, "_compute_forward", launch.forward)
     monkeypatch.setattr(ops, "_compute_backward", launch.backward)
+
+
+@pytest.fixture(params=["cpu_path", "kernels"])
+def path(request, monkeypatch):
+    """The way that the call takes; "wide_kernels", for whoever asks for it, takes rows in pieces of 256."""
+    from small_tiles import in_pieces
+
+    if request.param != "cpu_path":
+        request.getfixturevalue("kernels_path")
+    if request.param == "wide_kernels":
+        in_pieces(monkeypatch, 256, 2)
+    return request.param
 
 
 class Event:
@@ -131,6 +167,15 @@ def like_cuda(kernels_path, monkeypatch, device):
     monkeypatch.setattr(Event, "late", False)
     here = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
     return SimpleNamespace(event=Event, generator=seeds.default_generator(here))
+
+
+@pytest.fixture
+def process_group(device):
+    """A group of one process, for wrappers that want one."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # fully_shard moves parameters to the GPU
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

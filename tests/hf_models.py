@@ -82,6 +82,16 @@ def output(model, inputs):
     return model(**inputs)[0]
 
 
+def token_ids(device="cpu"):
+    return {"input_ids": torch.randint(3, VOCABULARY, (3, 6), device=device)}
+
+
+def assert_same_state(model, other):
+    state, expected = model.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    assert [key for key in state if not torch.equal(state[key], expected[key])] == []
+
+
 def evaluated(model, inputs):
     with torch.no_grad():
         return output(model.eval(), inputs)
@@ -109,13 +119,13 @@ def train(model, inputs, steps=3):
     return losses
 
 
-def replaced_class(base, **options):
+def replaced_class(base, replace=klnorm.replace_layer_norm, **options):
     """A subclass of `base` whose instances have KL layers from the start, as a user writes it."""
 
     class KLModel(base):
         def __init__(self, config):
             super().__init__(config)
-            klnorm.replace_layer_norm(self, **options)
+            replace(self, **options)
 
     return KLModel
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes no gradient, the KL divergence's included; single layers: tests/test_kl.py."""
+"""Activation checkpointing changes no gradient, the KL's included; single layers: tests/test_kl_forward.py."""
 
 import pytest
 import torch

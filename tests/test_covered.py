@@ -11,23 +11,11 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device
+from rms_classes import N, Rms
 from torch import nn
 
 import klnorm
 from klnorm import KLConditionalLayerNorm, kl_divergence, kl_layers, replace_layer_norm, replace_rms_norm, summary
-
-N = 8
-
-
-class Rms(nn.Module):
-    """An RMSNorm of another library."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(N)), 1e-6
-
-    def forward(self, x):
-        return F.rms_norm(x, (N,), self.weight, self.eps)
 
 
 def replaced():

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
+from trained_layers import N, assert_compiles, perturbed
 
 import klnorm
 from klnorm import KLLayerNorm, KLRMSNorm
 from klnorm.reference.kl_norm import FLOOR, kl_deterministic
 
-N = 6
 PRIOR_STD = 0.8
 # A layer with a shift, one that could have one, one that cannot.
 LAYERS = {
@@ -29,15 +29,8 @@ PLAIN = {
 every_kind = pytest.mark.parametrize("kind", LAYERS)
 
 
-def scattered(layer):
-    with torch.no_grad():
-        for t in (*layer.parameters(), *layer.buffers()):
-            t.add_(torch.randn_like(t) * 0.3)
-    return layer
-
-
 def deterministic(kind, device="cpu", **options):
-    return scattered(LAYERS[kind](device=device, posterior="deterministic", prior_std=PRIOR_STD, **options))
+    return perturbed(LAYERS[kind](device=device, posterior="deterministic", prior_std=PRIOR_STD, **options))
 
 
 def expected_kl(layer):
@@ -134,7 +127,7 @@ def test_a_weight_of_0_is_held_off_by_a_finite_cost():
 
 
 def test_the_divergence_pulls_weights_to_the_deviation_of_the_prior_and_shifts_to_its_mean():
-    layer = scattered(KLLayerNorm(N, posterior="deterministic", prior_std=0.5))
+    layer = perturbed(KLLayerNorm(N, posterior="deterministic", prior_std=0.5))
     optimizer = torch.optim.SGD(layer.parameters(), 0.05)
     for _ in range(200):
         optimizer.zero_grad()
@@ -168,7 +161,7 @@ def test_meta_and_reset(kind):
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
 @every_kind
 def test_a_plain_checkpoint_loads_and_its_shift_becomes_the_prior(kind, assign):
-    layer, checkpoint = deterministic(kind), scattered(PLAIN[kind]()).state_dict()
+    layer, checkpoint = deterministic(kind), perturbed(PLAIN[kind]()).state_dict()
     layer.load_state_dict(checkpoint, strict=True, assign=assign)
     assert torch.equal(layer.weight, checkpoint["weight"])
     if kind == "layer_norm":
@@ -195,7 +188,7 @@ def test_the_two_readings_do_not_load_each_others_state():
 
 
 def model_of(kind):
-    return scattered(nn.Sequential(nn.Linear(4, N), PLAIN[kind](), nn.Linear(N, 3)))
+    return perturbed(nn.Sequential(nn.Linear(4, N), PLAIN[kind](), nn.Linear(N, 3)))
 
 
 def functions(kind):
@@ -285,23 +278,18 @@ def test_sampling_a_model_that_cannot_is_refused():
         klnorm.mc_predict(model, torch.randn(2, N))
 
 
-def test_sharded_parameters_give_the_same_divergence(device):
+def test_sharded_parameters_give_the_same_divergence(device, process_group):
     from torch.distributed.fsdp import fully_shard
 
-    backend = "nccl" if device.type == "cuda" else "gloo"  # fully_shard moves parameters to a GPU that it sees
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        for kind in LAYERS:
-            layer = deterministic(kind, device)
-            expected = expected_kl(layer)
-            gradient = torch.autograd.grad(expected, layer.weight)[0]
-            sharded = fully_shard(layer)
-            kl = klnorm.kl_divergence(sharded)
-            torch.testing.assert_close(kl, expected)
-            kl.backward()
-            torch.testing.assert_close(klnorm.compat.whole(sharded.weight.grad), gradient)
-    finally:
-        torch.distributed.destroy_process_group()
+    for kind in LAYERS:
+        layer = deterministic(kind, device)
+        expected = expected_kl(layer)
+        gradient = torch.autograd.grad(expected, layer.weight)[0]
+        sharded = fully_shard(layer)
+        kl = klnorm.kl_divergence(sharded)
+        torch.testing.assert_close(kl, expected)
+        kl.backward()
+        torch.testing.assert_close(klnorm.compat.whole(sharded.weight.grad), gradient)
 
 
 def test_the_shortcut_of_a_transformer_layer_stays_right():
@@ -317,17 +305,7 @@ def test_the_shortcut_of_a_transformer_layer_stays_right():
 @every_kind
 def test_compiles_without_a_break(device, kind, fresh_dynamo):
     layer = deterministic(kind, device)
-    x, dy = torch.randn(3, 4, N, device=device), torch.randn(3, 4, N, device=device)
-
-    def loss(x):
-        return (layer(x) * dy).sum() + klnorm.kl_divergence(layer)
-
-    results = []
-    for function in loss, torch.compile(loss, backend="aot_eager", fullgraph=True):
-        value = function(x)
-        results.append((value, *torch.autograd.grad(value, list(layer.parameters()))))
-    # The KL is a by-product of the forward in eager and in closed form where it is traced.
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    assert_compiles(layer, torch.randn(3, 4, N, device=device))
 
 
 def test_the_normalized_activation_has_the_distribution_that_the_divergence_is_of(device):

@@ -15,25 +15,27 @@ FSDP2 = ["without_noise", "noise_of_its_own", "kl_of_shards", "kl_after_a_forwar
          "posteriors_in_a_group_of_their_own", "training"]  # fmt: skip
 
 
-def launch(program, folder):
-    """Run a program on two ranks; what each of them saved, {case: (found, expected)}."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """What each of two ranks saved, {program: {case: (found, expected)}}."""
+    folder = tmp_path_factory.mktemp("saved")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*command, HERE / "distributed" / program, folder], env=environment, capture_output=True, text=True, timeout=300
+        [*command, HERE / "distributed", folder], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory):
-    return launch("ddp.py", tmp_path_factory.mktemp("ddp"))
+def ddp(saved):
+    return [results["ddp"] for results in saved]
 
 
 @pytest.fixture(scope="module")
-def fsdp2(tmp_path_factory):
-    return launch("fsdp2.py", tmp_path_factory.mktemp("fsdp2"))
+def fsdp2(saved):
+    return [results["fsdp2"] for results in saved]
 
 
 def assert_case(ranks, case, tolerance=1e-13):  # a few fp64 roundings: sums over the batch in another order
@@ -97,3 +99,11 @@ def test_fsdp2_posteriors_in_full_precision(fsdp2):
         found, expected = results["half_precision_but_for_the_posteriors"]
         torch.testing.assert_close(found["kl"], expected["kl"], rtol=1e-6, atol=0)
         assert found["dtypes"] == [[torch.float32, torch.bfloat16, torch.bfloat16]] * 3
+
+
+def test_parameters_sharded_by_fsdp2_are_gathered_for_a_summary(fsdp2):
+    for results in fsdp2:
+        found, expected = results["summary"]
+        assert found["summary"] == expected
+        assert "the shift of layer '0.1'" in found["error"]
+        assert "bias has 2 such value(s), the first at index 0" in found["error"]

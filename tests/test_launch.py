@@ -347,8 +347,6 @@ def test_launches(device, monkeypatch, kernels_path, work, sample, seed_launches
         prepare(monkeypatch)
     if work == "wide":
         in_pieces(monkeypatch, 16)
-    launch.forward_plan.cache_clear()
-    launch.backward_plan.cache_clear()
     launched = []
     monkeypatch.setattr(launch.Call, "launch", lambda call, *tensors: launched.append(call.kernel.__name__))
     monkeypatch.setattr(compat, "is_watched", lambda: False)  # by what counts here
@@ -367,8 +365,6 @@ def test_launches(device, monkeypatch, kernels_path, work, sample, seed_launches
         torch.autograd.grad([y, kl], [x, *parameters], cotangents)
     assert launched == expected_backward
     assert [call for call in backward.calls if call not in FREE] == []
-    launch.forward_plan.cache_clear()
-    launch.backward_plan.cache_clear()
 
 
 # Calls that launch nothing on a GPU: allocations and views.

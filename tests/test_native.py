@@ -27,26 +27,48 @@ def recorded(kernel, x_dtype=torch.float32, y=True, **options):
     return Launch.of(call(kernel, **options), (x, (x, None), None, x if y else None))
 
 
-@pytest.fixture(autouse=True)
-def _tests_on_the_path(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(refused_kernel.__file__))
+@pytest.fixture(scope="module", autouse=True)
+def _tests_on_the_path():
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setenv("PYTHONPATH", os.path.dirname(refused_kernel.__file__))
+        yield
 
 
-def test_what_the_compiler_refuses_is_told_in_its_words():
-    (refusal,) = compile_apart([recorded("good"), recorded("returns_before_none", y=False)])
+@pytest.fixture(scope="module")
+def refusals():
+    """Of launches that are compiled together, some of them good, in one start of the compiler."""
+    return compile_apart(
+        [
+            recorded("good"),
+            recorded("returns_before_none", y=False),
+            recorded("crashes"),
+            recorded("no_instruction"),
+            recorded("good", N=1 << 20, BLOCK_N=1 << 18),
+            recorded("drops_nan"),
+        ]
+    )
+
+
+def test_what_is_good_is_not_refused(refusals):
+    names = [refusal.partition("(")[0] for refusal in refusals]
+    assert names == ["returns_before_none", "crashes", "no_instruction", "drops_nan"]
+
+
+def test_what_the_compiler_refuses_is_told_in_its_words(refusals):
+    refusal = refusals[0]
     name, again, *words = refusal.splitlines()
     assert name == (
         "returns_before_none((float32, (float32, None), None, None); IS_RMS=False, NOISE='none', ORDER='rows', "
         "GROUPED='no', OFFSET=0.0, FAST=True, N=8, VEC=1, BLOCK_M=1, BLOCK_N=16, STAGES=1)"
     )
-    assert again.startswith("To see it again: python -m pytest tests/test_native.py::test_what_the_compiler_refuses")
+    assert again.startswith("To see it again: python -m pytest tests/test_native.py::test_")
     assert words[0].startswith("CompilationError")
     assert "tl.store(y_ptr" in refusal
     assert "AttributeError: 'constexpr_type'" in words[-1]  # why, which Triton says last
 
 
-def test_what_ptxas_refuses_and_what_ends_the_compiler_is_told_beside_the_others():
-    crash, ptxas = compile_apart([recorded("good"), recorded("crashes"), recorded("no_instruction")])
+def test_what_ptxas_refuses_and_what_ends_the_compiler_is_told_beside_the_others(refusals):
+    _, crash, ptxas, _ = refusals
     assert crash.startswith("crashes(")
     assert crash.endswith("The compiler ended its process.")
     assert "Not a name of any known instruction: 'nonsense'" in ptxas
@@ -54,14 +76,11 @@ def test_what_ptxas_refuses_and_what_ends_the_compiler_is_told_beside_the_others
 
 def test_tiles_for_the_interpreter_alone_are_cut():
     """A test's tile of 2^18 features would take the compiler hours."""
-    cut = recorded("good", N=1 << 20, BLOCK_N=1 << 18)
-    assert cut.constants["TILE"].BLOCK_N <= 1024
-    assert compile_apart([cut]) == []
+    assert recorded("good", N=1 << 20, BLOCK_N=1 << 18).constants["TILE"].BLOCK_N <= 1024
 
 
-def test_code_that_drops_nan_is_told():
-    (refusal,) = compile_apart([recorded("drops_nan")])
-    assert "max.f32 lets no NaN through. Remedy: propagate_nan" in refusal
+def test_code_that_drops_nan_is_told(refusals):
+    assert "max.f32 lets no NaN through. Remedy: propagate_nan" in refusals[-1]
 
 
 def test_kinds_differ_by_what_decides_the_code():

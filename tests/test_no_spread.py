@@ -3,31 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_tiles import in_pieces
 from torch import nn
 
 import klnorm
-from klnorm import KLLayerNorm, KLRMSNorm, launch, reference
+from klnorm import KLLayerNorm, KLRMSNorm, reference
 from klnorm.functional import kl_layer_norm, kl_rms_norm
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 WIDTHS = 1, 7, 600
 NOISES = "sample", "token"
 VALUES = 14.1, -0.3, 1e-3, 3333.3, 0.0
-
-
-@pytest.fixture(params=["cpu_path", "kernels", "wide_kernels"])
-def path(request, monkeypatch):
-    """The way that the call takes."""
-    if request.param != "cpu_path":
-        request.getfixturevalue("kernels_path")
-    if request.param == "wide_kernels":
-        in_pieces(monkeypatch, 256, 2)
-    launch.forward_plan.cache_clear()
-    launch.backward_plan.cache_clear()
-    yield request.param
-    launch.forward_plan.cache_clear()
-    launch.backward_plan.cache_clear()
+every_path = pytest.mark.parametrize("path", ["cpu_path", "kernels", "wide_kernels"], indirect=True)
 
 
 def constant_rows(n, dtype, device):
@@ -39,6 +25,7 @@ def leaves(n, device, dtype=torch.float32):
     return [t.to(device, dtype).requires_grad_() for t in tensors]
 
 
+@every_path
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize(("dtype", "eps"), [*((dtype, 1e-12) for dtype in DTYPES), (torch.float32, 0.0)], ids=str)
 @pytest.mark.parametrize("n", WIDTHS)
@@ -63,6 +50,7 @@ def test_output_is_the_shift_and_gradients_are_those_of_xhat_0(device, path, n, 
     torch.testing.assert_close(dbias, dy.to(acc).sum(0).to(dbias.dtype))
 
 
+@every_path
 @pytest.mark.parametrize("n", [7, 600])
 def test_of_a_sum_with_a_residual(device, path, n):
     x = torch.randint(-8, 8, (5, n), device=device).float()
@@ -82,6 +70,7 @@ def test_of_a_sum_with_a_residual(device, path, n):
     assert not y.any()
 
 
+@every_path
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_in_mixed_dtypes(device, path, x_dtype, param_dtype):
@@ -104,6 +93,7 @@ def test_of_the_specification(n):
         assert not y[x.isfinite().all(1)].any()
 
 
+@every_path
 @pytest.mark.parametrize("noise", NOISES)
 def test_an_rms_norm_of_zeros_without_eps(device, path, noise):
     x = torch.zeros(4, 600, device=device, requires_grad=True)
@@ -114,6 +104,7 @@ def test_an_rms_norm_of_zeros_without_eps(device, path, noise):
     assert not any(g.any() for g in gradients)
 
 
+@every_path
 def test_eps_of_0_elsewhere_is_the_specification(device, path):
     x = torch.randn(6, 600, device=device, requires_grad=True)
     parameters = leaves(600, device)
@@ -152,6 +143,7 @@ ROWS["huge_inside"] = lambda n: torch.cat([torch.randn(20, 3), torch.full((20, 1
 BEYOND_FP16 = "mean_over_deviation_1e+06"
 
 
+@every_path
 @pytest.mark.parametrize(
     ("dtype", "rows"),
     [

@@ -19,14 +19,6 @@ N = 24
 PAIRS = [(a, b) for a, b in itertools.product(FLOATS, FLOATS) if torch.float64 not in (a, b) or a == b]
 
 
-@pytest.fixture(params=["cpu_path", "kernels"])
-def path(request):
-    """The way that the call takes."""
-    if request.param == "kernels":
-        request.getfixturevalue("kernels_path")
-    return request.param
-
-
 def call(device, dtype, out_dtype, noise, residual=None):
     """(outputs, leaves)."""
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""What errors about the tensors of a call advise is done, and helps; layouts stand in test_functional.py."""
+"""What errors about the tensors of a call advise is done, and helps; layouts stand in test_functional_refused.py."""
 
 import re
 import warnings

@@ -153,20 +153,15 @@ def test_a_norm_is_restored_before_a_forward_is_put_into_it():
     assert torch.equal(model(torch.ones(3, N)), model(torch.ones(3, N)))
 
 
-def test_a_model_that_is_wrapped_after():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = model_of(nn.LayerNorm(N))
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(ValueError, match=r"Remedy: replace the norms first, then wrap\."):
-            klnorm.replace_layer_norm(wrapped)
-        del wrapped  # if it outlives its group, it can wait for gloo's thread for ever
-        wrapped = nn.parallel.DistributedDataParallel(klnorm.replace_layer_norm(model))
-        (wrapped(torch.randn(3, N)).sum() + klnorm.kl_divergence(wrapped)).backward()
-        assert model[1].weight_rho.grad.isfinite().all()
-        del wrapped
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_model_that_is_wrapped_after(process_group):
+    model = model_of(nn.LayerNorm(N))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(ValueError, match=r"Remedy: replace the norms first, then wrap\."):
+        klnorm.replace_layer_norm(wrapped)
+    del wrapped  # if it outlives its group, it can wait for gloo's thread for ever
+    wrapped = nn.parallel.DistributedDataParallel(klnorm.replace_layer_norm(model))
+    (wrapped(torch.randn(3, N)).sum() + klnorm.kl_divergence(wrapped)).backward()
+    assert model[1].weight_rho.grad.isfinite().all()
 
 
 # filter_fn

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from unchanged import snapshot
 
 from klnorm import KLLayerNorm, kl_divergence, replace_layer_norm, restore_layer_norm
 
@@ -36,19 +37,6 @@ def encoder(device="cpu", **options):
     layer = nn.TransformerEncoderLayer(N, 2, 16, **options)
     nested = options["batch_first"] and not options["norm_first"]  # torch warns where it cannot
     return scrambled(nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(N), enable_nested_tensor=nested).to(device))
-
-
-def snapshot(model):
-    """Everything about the modules of a model that a failed call must leave as it was."""
-    return [
-        (
-            name,
-            type(module),
-            dict(vars(module)),
-            *(list(vars(module)[key].items()) for key in ("_parameters", "_buffers")),
-        )
-        for name, module in model.named_modules()
-    ]
 
 
 class OwnLayerNorm(nn.LayerNorm):

@@ -315,16 +315,11 @@ def test_a_parametrized_kl_layer_is_not_restored():
     assert replaced(restore_layer_norm(model)) == []
 
 
-def test_a_model_wrapped_for_ddp_is_refused():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(model_of(nn.LayerNorm(N)))
-        with pytest.raises(ValueError, match=r"DistributedDataParallel.*replace the norms first"):
-            replace_layer_norm(model)
-        assert replaced(model) == []
-        del model  # if it outlives its group, it can wait for gloo's thread for ever
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_model_wrapped_for_ddp_is_refused(process_group):
+    model = nn.parallel.DistributedDataParallel(model_of(nn.LayerNorm(N)))
+    with pytest.raises(ValueError, match=r"DistributedDataParallel.*replace the norms first"):
+        replace_layer_norm(model)
+    assert replaced(model) == []
 
 
 # Where the prior is centred

@@ -7,14 +7,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_replace_unchanged import assert_unchanged, graph
+from rms_classes import N, model_of
 from torch import nn
+from trained_layers import assert_compiles
+from unchanged import assert_unchanged, graph
 
 import klnorm
 from klnorm import kl_layers, last_norms, replace_layer_norm, replace_rms_norm, restore_layer_norm
 from klnorm.functional import kl_layer_norm
-
-N = 8
 
 
 class Deberta(nn.Module):
@@ -171,14 +171,6 @@ FOREIGN = Deberta, Cohere, CohereOnePlus, OnePlus, Nemotron, Timm, EpsOfAnInt, S
 SIMILAR = Timm2d, PerHead, StdNorm, RmsWithShift
 
 
-def model_of(*layers):
-    model = nn.Sequential(*layers)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return model
-
-
 def eps_of(layer):
     return layer.eps if isinstance(layer, nn.LayerNorm) else layer.variance_epsilon
 
@@ -287,18 +279,8 @@ def test_copies_are_of_the_same_class(kind, duplicate):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_a_break(training, fresh_dynamo):
-    model, x = replace_layer_norm(model_of(Cohere(), Nemotron(), Deberta())).train(training), torch.randn(3, 4, N)
-
-    def loss(x):
-        return model(x).square().sum() + klnorm.kl_divergence(model)
-
-    results = []
-    for function in loss, torch.compile(loss, backend="aot_eager", fullgraph=True):
-        torch.manual_seed(0)
-        value = function(x)
-        results.append((value, *torch.autograd.grad(value, list(model.parameters()))))
-    # The KL is a by-product of the forward in eager and in closed form where it is traced.
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)
+    model = replace_layer_norm(model_of(Cohere(), Nemotron(), Deberta())).train(training)
+    assert_compiles(model, torch.randn(3, 4, N), atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [2, 3, 1000])

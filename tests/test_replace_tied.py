@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_replace_unchanged import Rms, assert_unchanged, graph
+from rms_classes import N, Rms
 from torch import nn
+from trained_layers import perturbed
+from unchanged import assert_unchanged, graph
 
 import klnorm
 from klnorm import KLWeight, kl_divergence, kl_layers, param_groups, replace_layer_norm, replace_rms_norm
-
-N = 8
 
 
 def tied(kind=nn.LayerNorm, names=("weight", "bias"), other=None):
@@ -20,16 +20,13 @@ def tied(kind=nn.LayerNorm, names=("weight", "bias"), other=None):
     model = nn.Sequential(kind(N), nn.Linear(N, N), (other or kind)(N))
     for name in names:
         setattr(model[2], name, getattr(model[0], name))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return model
+    return perturbed(model)
 
 
 CASES = {
     "LayerNorm": (replace_layer_norm, nn.LayerNorm, ("weight", "bias")),
     "RMSNorm": (replace_rms_norm, nn.RMSNorm, ("weight",)),
-    "foreign": (replace_rms_norm, lambda n: Rms(), ("weight",)),
+    "foreign": (replace_rms_norm, Rms, ("weight",)),
 }
 every_kind = pytest.mark.parametrize("case", CASES)
 

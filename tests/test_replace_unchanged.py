@@ -2,45 +2,13 @@
 
 import pytest
 import torch
+from rms_classes import N, Rms
 from torch import nn
+from trained_layers import perturbed
+from unchanged import assert_unchanged, graph
 
 import klnorm
 from klnorm import last_norms, replace_layer_norm, replace_rms_norm, restore_layer_norm
-
-N = 8
-
-
-class Rms(nn.Module):
-    """As in LlamaRMSNorm."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(N)), 1e-6
-
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-
-
-def graph(model):
-    """Every object that hangs on the modules of `model`, by identity, and the values of all tensors."""
-    objects, tensors = [], []
-    for name, module in model.named_modules():
-        objects.append((name, id(module), type(module)))
-        for key, value in vars(module).items():
-            objects.append((key, id(value), value if isinstance(value, (bool, int, float, str)) else None))
-            if isinstance(value, (dict, set)):  # parameters, buffers, children, hooks
-                objects.append([(entry, id(value[entry])) if isinstance(value, dict) else entry for entry in value])
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None:
-                objects.append((tensor._version, tensor.requires_grad, tensor.dtype, tensor.data_ptr()))
-                tensors.append(tensor.detach().clone())
-    return objects, tensors
-
-
-def assert_unchanged(model, before):
-    objects, tensors = graph(model)
-    assert objects == before[0]
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before[1], strict=True))
 
 
 def with_attribute(layer, name, value="of the user"):
@@ -66,11 +34,7 @@ def model_of(*layers, dtype=torch.float32):
     model = nn.Sequential(nn.Linear(N, N), nn.LayerNorm(N), nn.RMSNorm(N), *layers).to(dtype)
     model[1].register_forward_hook(lambda *_: None)
     model[1].weight.requires_grad_(False)
-    model.append(model[1])
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model
+    return perturbed(model.append(model[1]), 0.1)
 
 
 def half_way(module, name):

@@ -255,27 +255,3 @@ def test_errors():
     model = replace_layer_norm(nn.Sequential(nn.LayerNorm(4, device="meta")))
     with pytest.raises(ValueError, match=r"weight of layer '0' is on the meta device.*Remedy: "):
         summary(model)
-
-
-def summarize_shards(rank, folder):
-    """One of two processes: shard a model of uneven widths, and compare its summary with that of the whole."""
-    from torch import distributed
-    from torch.distributed.fsdp import fully_shard
-
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = random_model()
-    expected = summary(model)
-    mesh = distributed.init_device_mesh("cpu", (2,))
-    fully_shard(model, mesh=mesh)
-    assert type(model[1].weight).__name__ == "DTensor"
-    assert model[2].weight.to_local().numel() < model[2].weight.numel()
-    assert summary(model) == expected
-    model[1].bias.data.to_local()[0] = math.nan
-    with pytest.raises(ValueError, match=r"the shift of layer '1'.*: bias has 2 such value\(s\), the first at index 0"):
-        summary(model)
-    distributed.barrier()  # a rank that has gone aborts the other one, which still communicates
-    distributed.destroy_process_group()
-
-
-def test_parameters_sharded_by_fsdp2_are_gathered(tmp_path):
-    torch.multiprocessing.spawn(summarize_shards, (tmp_path,), nprocs=2)

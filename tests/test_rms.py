@@ -1,6 +1,7 @@
 """`klnorm.KLRMSNorm`: what it has of its own beside what tests/test_modules.py shows of every KL layer."""
 
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -9,28 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from trained_layers import DTYPES, N, assert_compiles, seeded
+from trained_layers import trained as trained_layer
 
 import klnorm
 from klnorm import KLRMSNorm, reference
 from klnorm.functional import kl_rms_norm
 from klnorm.reference.kl_norm import kl_normal
 
-N = 6
-DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
-
-def trained(device="cpu", shape=N, **options):
-    """A layer whose parameters and prior are all different from what a new one has."""
-    layer = KLRMSNorm(shape, device=device, **options)
-    with torch.no_grad():
-        for t in (*layer.parameters(), *layer.buffers()):
-            t.add_(torch.randn_like(t) * 0.3)
-    return layer
-
-
-def noise_of(layer, x, seed=0):
-    torch.manual_seed(seed)
-    return layer(x)
+trained = functools.partial(trained_layer, kind=KLRMSNorm)
 
 
 def test_is_an_nn_rms_norm_with_its_signature_and_the_options_of_the_design():
@@ -82,7 +70,7 @@ def test_only_an_rms_norm_has_a_default_eps():
 def test_training_passes_every_setting_to_the_functional(device, noise, eps):
     layer = trained(device, (2, 3), eps=eps, noise=noise, sample_dim=1, prior_std=0.7)
     x = 1e-3 * torch.randn(3, 4, 2, 3, device=device)  # small, so that eps shows
-    y = noise_of(layer, x)
+    y = seeded(layer, x)
     torch.manual_seed(0)
     expected, kl = kl_rms_norm(
         x, (2, 3), layer.weight, layer.weight_rho, weight_prior=layer.weight_prior, prior_std=0.7, eps=eps,
@@ -158,7 +146,7 @@ def test_copies_are_equal_and_independent(device, duplicate):
     layer, x = trained(device, noise="token"), torch.randn(3, N, device=device)
     other = duplicate(layer)
     assert type(other) is KLRMSNorm
-    assert torch.equal(noise_of(layer, x), noise_of(other, x))
+    assert torch.equal(seeded(layer, x), seeded(other, x))
     with torch.no_grad():
         other.weight.add_(1)
     assert klnorm.kl_divergence(other) > klnorm.kl_divergence(layer) + 1
@@ -216,18 +204,7 @@ def test_a_diverged_layer_is_named():
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_a_break(device, training, bias, fresh_dynamo):
     layer = trained(device, eps=1e-6, bias=bias).train(training)
-    x, dy = torch.randn(3, 4, N, device=device), torch.randn(3, 4, N, device=device)
-
-    def loss(x):
-        return (layer(x) * dy).sum() + klnorm.kl_divergence(layer)
-
-    results = []
-    for function in loss, torch.compile(loss, backend="aot_eager", fullgraph=True):
-        torch.manual_seed(0)
-        value = function(x)
-        results.append((value, *torch.autograd.grad(value, list(layer.parameters()))))
-    # The KL is a by-product of the forward in eager and in closed form where it is traced.
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    assert_compiles(layer, torch.randn(3, 4, N, device=device))
 
 
 # With a shift, which nn.RMSNorm has not
@@ -266,7 +243,7 @@ def test_a_shift_has_the_state_that_a_layer_norm_has(device):
 def test_training_with_a_shift_passes_it_to_the_functional(device, noise):
     layer = shifted(device, eps=0.3, noise=noise, sample_dim=1, prior_std=0.7)
     x = torch.randn(3, 4, N, device=device)
-    y = noise_of(layer, x)
+    y = seeded(layer, x)
     torch.manual_seed(0)
     expected, kl = kl_rms_norm(
         x, N, layer.weight, layer.weight_rho, bias=layer.bias, bias_rho=layer.bias_rho,
@@ -329,11 +306,11 @@ def test_copies_and_checkpoints_keep_the_shift(device, posterior, duplicate):
     loaded = KLRMSNorm(N, bias=True, posterior=posterior, noise="token", device=device)
     loaded.load_state_dict(layer.state_dict())
     for other in duplicate(layer), loaded:
-        assert torch.equal(noise_of(layer, x), noise_of(other, x))
+        assert torch.equal(seeded(layer, x), seeded(other, x))
         assert torch.equal(layer.kl_divergence(), other.kl_divergence())
         with torch.no_grad():
             other.bias.add_(1)
-        assert not torch.isclose(noise_of(layer, x), noise_of(other, x)).any()
+        assert not torch.isclose(seeded(layer, x), seeded(other, x)).any()
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])

@@ -11,6 +11,7 @@ from hf_models import (
     TEXT,
     VOCABULARY,
     WIDTH,
+    assert_same_state,
     evaluated,
     load,
     new_inputs,
@@ -48,12 +49,6 @@ def plain_norms(model):
 
 def replaced(family, device="cpu", **options):
     return klnorm.replace_layer_norm(new_model(family, device), **options)
-
-
-def assert_same_state(model, other):
-    state, expected = model.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    assert [key for key in state if not torch.equal(state[key], expected[key])] == []
 
 
 def assert_fresh(layer, weight, bias, init_rho=INIT_RHO):

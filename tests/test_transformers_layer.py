@@ -1,62 +1,29 @@
 """`klnorm.replace_layer_norm` with the real transformers: models whose LayerNorm classes are their own."""
 
 import copy
-from typing import NamedTuple
 
 import pytest
 import torch
-from hf_models import TEXT, VOCABULARY, evaluated, load, replaced_class, sampled, train, transformers
+from hf_models import TEXT, evaluated, load, replaced_class, sampled, token_ids, train, transformers
+from hf_own_norms import DECODER, Family, new_model, norms
 
 import klnorm
-
-DECODER = {
-    **TEXT, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
-class Family(NamedTuple):
-    """A model class, its options, its norm's class, how many of them there are, and the weight of a scale of 1."""
-
-    model: type
-    options: dict
-    norm: str
-    norms: int
-    weight_of_1: float
-
 
 FAMILIES = {
     "deberta": Family(transformers.DebertaModel, TEXT, "DebertaLayerNorm", 5, 1.0),
     "cohere": Family(transformers.CohereModel, DECODER, "CohereLayerNorm", 3, 1.0),
     "nemotron": Family(transformers.NemotronModel, DECODER, "NemotronLayerNorm1P", 5, 0.0),
 }
-every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def new_model(family, device="cpu"):
-    model = FAMILIES[family].model(FAMILIES[family].model.config_class(**FAMILIES[family].options)).to(device).eval()
-    with torch.no_grad():
-        for norm in norms(model, family).values():
-            for p in norm.parameters():
-                p.add_(0.2 * torch.randn_like(p))
-    return model
-
-
-def norms(model, family):
-    """The model's norms by name, whether replaced or not."""
-    return {name: m for name, m in model.named_modules() if type(m).__name__.endswith(FAMILIES[family].norm)}
-
-
-def new_inputs(device="cpu"):
-    return {"input_ids": torch.randint(3, VOCABULARY, (3, 6), device=device)}
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 @every_family
 @pytest.mark.filterwarnings("error:klnorm")
 def test_replaced_trained_and_restored(device, family):
-    model, inputs = new_model(family, device), new_inputs(device)
+    model, inputs = new_model(family, device), token_ids(device)
     plain, before, types = copy.deepcopy(model), evaluated(model, inputs), [type(m) for m in model.modules()]
     expected = norms(model, family)
-    assert len(expected) == FAMILIES[family].norms
+    assert len(expected) == family.norms
     klnorm.replace_layer_norm(model)
     assert klnorm.kl_layers(model) == expected
     assert torch.equal(evaluated(model, inputs), before)
@@ -73,15 +40,15 @@ def test_replaced_trained_and_restored(device, family):
 
 @every_family
 def test_saved_and_loaded(device, family, tmp_path):
-    model, inputs = klnorm.replace_layer_norm(new_model(family, device)), new_inputs(device)
+    model, inputs = klnorm.replace_layer_norm(new_model(family, device)), token_ids(device)
     train(model, inputs, steps=1)
     model.save_pretrained(tmp_path)
-    again, info = load(replaced_class(FAMILIES[family].model), tmp_path, output_loading_info=True)
+    again, info = load(replaced_class(family.model), tmp_path, output_loading_info=True)
     assert not any(info.values())
     again.to(device)
     assert torch.equal(evaluated(again, inputs), evaluated(model, inputs))
     assert torch.equal(sampled(again, inputs), sampled(model, inputs))
-    vanilla = load(FAMILIES[family].model, tmp_path).to(device)
+    vanilla = load(family.model, tmp_path).to(device)
     assert torch.equal(evaluated(vanilla, inputs), evaluated(model, inputs))
 
 
@@ -89,13 +56,13 @@ def test_saved_and_loaded(device, family, tmp_path):
 def test_a_class_with_kl_layers_takes_a_plain_checkpoint_and_starts_at_scale_1(family, tmp_path):
     plain = new_model(family)
     plain.save_pretrained(tmp_path)
-    model = load(replaced_class(FAMILIES[family].model), tmp_path)
+    model = load(replaced_class(family.model), tmp_path)
     for name, layer in klnorm.kl_layers(model).items():
         assert torch.equal(layer.weight_prior, plain.get_submodule(name).weight)
         torch.testing.assert_close(layer.weight_rho, torch.full_like(layer.weight, 0.05).expm1().log())
-    new = klnorm.replace_layer_norm(FAMILIES[family].model(plain.config), prior="standard")
+    new = klnorm.replace_layer_norm(family.model(plain.config), prior="standard")
     for layer in klnorm.kl_layers(new).values():
-        assert torch.equal(layer.weight_prior, torch.full_like(layer.weight, FAMILIES[family].weight_of_1))
+        assert torch.equal(layer.weight_prior, torch.full_like(layer.weight, family.weight_of_1))
 
 
 def test_norms_of_queries_and_keys_that_are_no_layer_norms_are_named():

@@ -1,17 +1,26 @@
 """`klnorm.replace_rms_norm` with the real transformers: models whose RMSNorm classes are their own."""
 
 import copy
-from typing import NamedTuple
 
 import pytest
 import torch
-from hf_models import EAGER, TEXT, VOCABULARY, evaluated, load, output, sampled, train, transformers
+from hf_models import (
+    EAGER,
+    VOCABULARY,
+    assert_same_state,
+    evaluated,
+    load,
+    output,
+    replaced_class,
+    sampled,
+    token_ids,
+    train,
+    transformers,
+)
+from hf_own_norms import DECODER, Family, new_model, norms
 
 import klnorm
 
-DECODER = {
-    **TEXT, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 T5 = {
     "vocab_size": VOCABULARY,
     "d_model": 16,
@@ -24,16 +33,6 @@ T5 = {
 }
 
 
-class Family(NamedTuple):
-    """A model class, its options, its norm's class, how many of them there are, and the weight of a scale of 1."""
-
-    model: type
-    options: dict
-    norm: str
-    norms: int
-    weight_of_1: float
-
-
 FAMILIES = {
     "llama": Family(transformers.LlamaModel, DECODER, "LlamaRMSNorm", 5, 1.0),
     "mistral": Family(transformers.MistralModel, DECODER, "MistralRMSNorm", 5, 1.0),
@@ -43,55 +42,25 @@ FAMILIES = {
     "gemma2": Family(transformers.Gemma2Model, DECODER, "Gemma2RMSNorm", 9, 0.0),
     "t5": Family(transformers.T5EncoderModel, T5, "T5LayerNorm", 5, 1.0),
 }
-every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def new_model(family, device="cpu", model_class=None):
-    """A model in evaluation mode, with weights of the norms as training leaves them: not all the same."""
-    model_class, options = model_class or FAMILIES[family].model, FAMILIES[family].options
-    model = model_class(model_class.config_class(**options)).to(device).eval()
-    with torch.no_grad():
-        for norm in norms(model, family).values():
-            norm.weight.add_(0.2 * torch.randn_like(norm.weight))
-    return model
+def families(*names):
+    return pytest.mark.parametrize("family", [FAMILIES[name] for name in names], ids=names)
 
 
-def norms(model, family):
-    """The model's norms by name, whether replaced or not."""
-    return {name: m for name, m in model.named_modules() if type(m).__name__.endswith(FAMILIES[family].norm)}
-
-
-def new_inputs(device="cpu"):
-    return {"input_ids": torch.randint(3, VOCABULARY, (3, 6), device=device)}
-
-
-def replaced_class(family, **options):
-    """A subclass of the family's model whose instances have KL layers from the start, as a user writes it."""
-
-    class KLModel(FAMILIES[family].model):
-        def __init__(self, config):
-            super().__init__(config)
-            klnorm.replace_rms_norm(self, **options)
-
-    return KLModel
-
-
-def assert_same_state(model, other):
-    state, expected = model.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    assert [key for key in state if not torch.equal(state[key], expected[key])] == []
+every_family = families(*FAMILIES)
 
 
 @every_family
 def test_replaced_trained_and_restored(device, family):
-    model, inputs = new_model(family, device), new_inputs(device)
+    model, inputs = new_model(family, device), token_ids(device)
     plain, before, types = copy.deepcopy(model), evaluated(model, inputs), [type(m) for m in model.modules()]
     expected = norms(model, family)
-    assert len(expected) == FAMILIES[family].norms
+    assert len(expected) == family.norms
     klnorm.replace_rms_norm(model)
     layers = klnorm.kl_layers(model)
     assert layers == expected
-    assert {type(layer).__name__ for layer in layers.values()} == {f"KL{FAMILIES[family].norm}"}
+    assert {type(layer).__name__ for layer in layers.values()} == {f"KL{family.norm}"}
     assert torch.equal(evaluated(model, inputs), before)
     assert not torch.isclose(sampled(model, inputs), before).all()
 
@@ -115,7 +84,7 @@ def test_replaced_trained_and_restored(device, family):
 
 @every_family
 def test_gradients_reach_both_parameters(device, family):
-    model, inputs = klnorm.replace_rms_norm(new_model(family, device)), new_inputs(device)
+    model, inputs = klnorm.replace_rms_norm(new_model(family, device)), token_ids(device)
     torch.manual_seed(0)
     y = output(model.train(), inputs)
     ((y * torch.randn_like(y)).sum() + klnorm.kl_divergence(model)).backward()
@@ -127,33 +96,33 @@ def test_gradients_reach_both_parameters(device, family):
 
 @every_family
 def test_saved_and_loaded(device, family, tmp_path):
-    model, inputs = klnorm.replace_rms_norm(new_model(family, device)), new_inputs(device)
+    model, inputs = klnorm.replace_rms_norm(new_model(family, device)), token_ids(device)
     train(model, inputs, steps=1)
     with torch.no_grad():
         for layer in klnorm.kl_layers(model).values():
             layer.weight_prior.add_(0.1)
     model.save_pretrained(tmp_path)
-    again, info = load(replaced_class(family), tmp_path, output_loading_info=True)
+    again, info = load(replaced_class(family.model, klnorm.replace_rms_norm), tmp_path, output_loading_info=True)
     assert not any(info.values())
     again.to(device)
     assert_same_state(again, model)
     assert torch.equal(evaluated(again, inputs), evaluated(model, inputs))
     assert torch.equal(sampled(again, inputs), sampled(model, inputs))
-    vanilla = load(FAMILIES[family].model, tmp_path).to(device)
+    vanilla = load(family.model, tmp_path).to(device)
     assert torch.equal(evaluated(vanilla, inputs), evaluated(model, inputs))
 
 
 @every_family
 @pytest.mark.parametrize("prior", ["current", "standard"])
 def test_a_vanilla_checkpoint_in_a_class_with_kl_layers_leaves_nothing_uninitialized(device, family, prior, tmp_path):
-    plain, inputs = new_model(family, device), new_inputs(device)
+    plain, inputs = new_model(family, device), token_ids(device)
     plain.save_pretrained(tmp_path)
-    model = load(replaced_class(family, init_std=0.2, prior=prior), tmp_path).to(device)
+    model = load(replaced_class(family.model, klnorm.replace_rms_norm, init_std=0.2, prior=prior), tmp_path).to(device)
     assert torch.equal(evaluated(model, inputs), evaluated(plain, inputs))
     for name, layer in klnorm.kl_layers(model).items():
         weight = plain.get_submodule(name).weight
         assert torch.equal(layer.weight, weight)
-        standard = torch.full_like(weight, FAMILIES[family].weight_of_1)
+        standard = torch.full_like(weight, family.weight_of_1)
         assert torch.equal(layer.weight_prior, weight if prior == "current" else standard)
         torch.testing.assert_close(layer.weight_rho, torch.full_like(weight, 0.2).expm1().log())
 
@@ -165,17 +134,17 @@ def test_norms_that_a_checkpoint_lacks_are_those_of_a_new_model(family, tmp_path
         key: value for key, value in plain.state_dict().items() if key.rpartition(".")[0] not in norms(plain, family)
     }
     plain.save_pretrained(tmp_path, state_dict=state)
-    model = load(replaced_class(family), tmp_path)
+    model = load(replaced_class(family.model, klnorm.replace_rms_norm), tmp_path)
     for layer in klnorm.kl_layers(model).values():
-        expected = torch.full_like(layer.weight, FAMILIES[family].weight_of_1)
+        expected = torch.full_like(layer.weight, family.weight_of_1)
         assert torch.equal(layer.weight, expected)
         assert torch.equal(layer.weight_prior, expected)
         torch.testing.assert_close(layer.weight_rho, torch.full_like(expected, 0.05).expm1().log())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
+@families("llama", "gemma")
 def test_bf16_evaluation_is_bit_for_bit_and_training_has_the_dtype(device, family):
-    model, inputs = new_model(family, device).bfloat16(), new_inputs(device)
+    model, inputs = new_model(family, device).bfloat16(), token_ids(device)
     before = evaluated(model, inputs)
     klnorm.replace_rms_norm(model)
     assert torch.equal(evaluated(model, inputs), before)
@@ -183,9 +152,9 @@ def test_bf16_evaluation_is_bit_for_bit_and_training_has_the_dtype(device, famil
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
+@families("llama", "gemma2", "t5")
 def test_the_deterministic_reading_adds_no_parameter(device, family):
-    model, inputs = new_model(family, device), new_inputs(device)
+    model, inputs = new_model(family, device), token_ids(device)
     before, parameters = evaluated(model, inputs), dict(model.named_parameters())
     klnorm.replace_rms_norm(model, posterior="deterministic", prior_std=1.0)
     assert dict(model.named_parameters()).keys() == parameters.keys()
@@ -200,13 +169,13 @@ def test_the_deterministic_reading_adds_no_parameter(device, family):
 @pytest.mark.parametrize("filter_fn", [None, lambda module, name: True])
 def test_a_layer_norm_without_bias_is_no_rms_norm(filter_fn):
     """Cohere's norms subtract the mean."""
-    model = new_model("llama", model_class=transformers.CohereModel)
+    model = new_model(FAMILIES["llama"], model_class=transformers.CohereModel)
     with pytest.warns(UserWarning, match=r"found no RMSNorm .* it has 3 CohereLayerNorm.*klnorm\.replace_layer_norm"):
         klnorm.replace_rms_norm(model, filter_fn=filter_fn)
 
 
 def test_the_norms_of_queries_and_keys_can_be_left_out():
-    model = new_model("qwen3")
+    model = new_model(FAMILIES["qwen3"])
     klnorm.replace_rms_norm(model, filter_fn=lambda module, name: "self_attn" not in name)
     assert sorted({name.rpartition(".")[2] for name in klnorm.kl_layers(model)}) == [
         "input_layernorm", "norm", "post_attention_layernorm",
@@ -215,15 +184,15 @@ def test_the_norms_of_queries_and_keys_can_be_left_out():
 
 def test_generation_is_unchanged(device):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).to(device).eval()
-    ids = new_inputs(device)["input_ids"]
+    ids = token_ids(device)["input_ids"]
     before = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(klnorm.replace_rms_norm(model).generate(ids, max_new_tokens=4, do_sample=False), before)
 
 
 def test_peft_trains_a_copy_of_a_replaced_norm(device):
     peft = pytest.importorskip("peft")
-    model, inputs = klnorm.replace_rms_norm(new_model("gemma", device)), new_inputs(device)
-    before, kinds = evaluated(model, inputs), [type(layer) for layer in norms(model, "gemma").values()]
+    model, inputs = klnorm.replace_rms_norm(new_model(FAMILIES["gemma"], device)), token_ids(device)
+    before, kinds = evaluated(model, inputs), [type(layer) for layer in norms(model, FAMILIES["gemma"]).values()]
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
     assert torch.equal(evaluated(adapted, inputs), before)
     layers = klnorm.kl_layers(adapted)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rms_classes import OnePlus
 from torch import nn
 
 import klnorm
@@ -9,14 +10,6 @@ from klnorm.functional import kl_layer_norm, kl_rms_norm
 
 N = 24
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # of fp64, in which 1 + weight is rounded once or not at all
-
-
-@pytest.fixture(params=["cpu_path", "kernels"])
-def path(request):
-    """The way that the call takes."""
-    if request.param == "kernels":
-        request.getfixturevalue("kernels_path")
-    return request.param
 
 
 @pytest.mark.parametrize("mode", ["batch", "sample", "token", "evaluation", "deterministic"])
@@ -96,17 +89,8 @@ def test_errors(wrong, error):
         kl_rms_norm(torch.randn(2, N), N, ones, ones, weight_offset=wrong)
 
 
-class OnePlus(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(N)), 1e-6
-
-    def forward(self, x):
-        return (1 + self.weight) * nn.functional.rms_norm(x, (N,), eps=self.eps)
-
-
 def test_the_deterministic_divergence_of_a_layer_is_that_of_the_whole_scale():
-    layer = klnorm.replace_rms_norm(OnePlus(), posterior="deterministic", prior_std=1.0)
+    layer = klnorm.replace_rms_norm(OnePlus(N), posterior="deterministic", prior_std=1.0)
     layer(torch.randn(2, N))
     assert klnorm.kl_divergence(layer).item() == pytest.approx(0.0, abs=1e-4)  # of the forward
     assert klnorm.kl_divergence(layer.eval()).item() == pytest.approx(0.0, abs=1e-4)  # computed

@@ -1,15 +1,6 @@
-"""What the programs in this folder share: a model, a batch, and the frame that runs their cases on every rank.
-
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/distributed/ddp.py OUTDIR
-
-tests/test_distributed.py starts them and looks at what they save.
-"""
-
-import sys
-from pathlib import Path
+"""What the cases in this folder share: a model, a batch, and the gradients of a training step."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -74,13 +65,3 @@ def alone(batch, seed=0, **options):
 def mean(*gradients):
     """Of dicts of tensors."""
     return {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}
-
-
-def run(cases):
-    """Every case on every rank, each from a generator of its own; what it returns is saved under its name."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {case.__name__: case(dist.get_rank()) for case in cases}
-    torch.save(results, Path(sys.argv[1]) / f"rank{dist.get_rank()}.pt")
-    dist.barrier()  # a rank that has gone aborts the other one, which still communicates
-    dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """Cases of DistributedDataParallel. Each returns (found, expected); what is expected was computed without it."""
 
 import torch
-from common import EXAMPLES, alone, gradients, gradients_of, joined_batch, loss_of, make_model, mean, part, run
+from common import EXAMPLES, alone, gradients, gradients_of, joined_batch, loss_of, make_model, mean, part
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -92,6 +92,7 @@ def training(rank):
     return nn.utils.parameters_to_vector(model.parameters()).detach(), None
 
 
-if __name__ == "__main__":
-    run([without_noise, finding_unused_parameters, noise_of_its_own, one_draw_for_all, conditional,
-         noise_on_one_input, divergence, accumulation, two_forwards, training])  # fmt: skip
+CASES = [
+    without_noise, finding_unused_parameters, noise_of_its_own, one_draw_for_all, conditional, noise_on_one_input,
+    divergence, accumulation, two_forwards, training,
+]  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as checkpoint
-from common import alone, gradients, gradients_of, joined_batch, loss_of, make_model, mean, part, run
+from common import alone, gradients, gradients_of, joined_batch, loss_of, make_model, mean, part
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import klnorm
@@ -135,6 +135,22 @@ def not_finite(rank):
     return None, None
 
 
-if __name__ == "__main__":
-    run([without_noise, noise_of_its_own, kl_of_shards, kl_after_a_forward, training, state, not_finite,
-         posteriors_in_a_group_of_their_own, half_precision, half_precision_but_for_the_posteriors])  # fmt: skip
+def summary(rank):
+    """Of parameters that the ranks have unequal parts of; then the error where each has a bias that is not finite."""
+    model = shard(make_model())
+    bias = model[0][1].bias
+    assert type(bias).__name__ == "DTensor"
+    assert bias.to_local().numel() < bias.numel()
+    found = klnorm.summary(model)
+    bias.data.to_local()[0] = torch.nan
+    try:
+        klnorm.summary(model)
+    except ValueError as error:
+        return {"summary": found, "error": str(error)}, klnorm.summary(make_model())
+    return {"summary": found, "error": None}, None
+
+
+CASES = [
+    without_noise, noise_of_its_own, kl_of_shards, kl_after_a_forward, training, state, not_finite,
+    posteriors_in_a_group_of_their_own, half_precision, half_precision_but_for_the_posteriors, summary,
+]  # fmt: skip
