@@ -447,8 +447,8 @@ def test_strides_of_the_residual(device, monkeypatch, which):
         ((6, 4), 0, 24),  # a group is a row
         ((6, 4), 1, 3),  # time first: a group has two rows of every sample
         ((6, 4), 1, 12),  # time first: a group has one row of two samples
-        ((2, 6, 4), 1, 4),  # a group has three samples of one index before them
-        ((2, 6, 4), 1, 2),
+        ((2, 6, 2), 1, 4),  # a group has three samples of one index before them
+        ((2, 6, 2), 1, 2),
     ],
 )
 def test_groups_and_samples(device, monkeypatch, programs, leading, sample_dim, groups, noise):
