@@ -21,7 +21,7 @@ class last_norms:
         filter_fn: None, or a function (module, qualified name) -> bool; only norms for which it returns True count.
 
     Raises:
-        TypeError, ValueError: `k` is not an int of 1 or more, or exceeds the number of norms; `filter_fn` is no function.
+        TypeError, ValueError: `k` is not an int of 1 or more, or more than there are norms; `filter_fn` is no function.
 
     Example:
         >>> model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8))
