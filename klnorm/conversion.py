@@ -36,7 +36,7 @@ def _twin(candidate, kl_class, options):
 
 
 def swap(module, twin):
-    """Give `module` the class and state of `twin`; it stays the same object, with the same dicts of parameters."""
+    """Give `module` the class and state of `twin`; it keeps its identity and its dicts of tensors and hooks."""
     module.__class__ = type(twin)
     for key, value in vars(twin).items():
         if key in _TENSORS:
