@@ -60,9 +60,9 @@ def as_integer(name, value, *, at_least=None):
     return value if type(value) is int else int(value)
 
 
-def check_count(name, value, minimum=1):
-    """Raise unless `value` is an int of `minimum` or more."""
-    as_integer(name, value, at_least=minimum)
+def check_count(name, value):
+    """Raise unless `value` is an int of 1 or more."""
+    as_integer(name, value, at_least=1)
 
 
 def check_flag(name, value):
@@ -109,13 +109,6 @@ def as_shape(normalized_shape):
             "there is nothing to normalize over no features."
         )
     return tuple([as_integer("normalized_shape", n) for n in shape])
-
-
-def check_config(prior_std, eps, noise):
-    """Raise unless the settings are valid for a layer."""
-    check_positive("prior_std", prior_std)
-    check_not_negative("eps", eps)
-    check_noise(noise)
 
 
 def check_noise(noise):

@@ -278,11 +278,10 @@ class _LastCondition:
         self.spent = False  # whether a KL divergence computed from them would lack their gradient
 
     def remember(self, c):
-        """Keep a copy of c, (samples, C), and return it."""
+        """Keep a copy of c, (samples, C)."""
         self.compiled = torch.compiler.is_compiling()
         self.spent = not torch.is_grad_enabled() or (c.requires_grad and not self.compiled)
         self._condition = None if compat.transforming() else c.clone()  # a transform's tensors do not outlive it
-        return self._condition
 
     def recall(self):
         if self._condition is None:

@@ -52,7 +52,7 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
     """
     acc, rows = accumulation_dtype(z), spec.rows
     posteriors = _by_group(acc, parameters, spec)
-    sums = [_zero_sums(posterior) for posterior in posteriors]
+    sums = [(torch.zeros_like(posterior.weight),) * 4 for posterior in posteriors]  # kept if dy is None
     dz = None
     if dy is not None:
         xhat, rstd = z.reshape(-1, spec.n_cols).to(acc).contiguous(), statistics[:, -1:]
@@ -150,10 +150,6 @@ def _affine_backward(g, xhat, posterior, spec, noise):
         ds = s * (u * xhat**2).sum((0, 1, 2))
         dt = dt if b is None else softplus(b_rho) * u.sum((0, 1, 2))
     return dxhat.view(shape), (dw_by_draw.sum(0), ds, db_by_draw.sum(0), dt)
-
-
-def _zero_sums(posterior):
-    return (torch.zeros_like(posterior.weight),) * 4
 
 
 def _by_draw(rows, noise):

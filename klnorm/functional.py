@@ -80,10 +80,10 @@ def kl_layer_norm(
             (G, \*normalized_shape), where G divides M: row r then has the parameters of group r // (M / G).
         bias: posterior mean of the shift, or None together with `bias_rho` for no shift.
         weight_rho: deviation of the scale before softplus, like `weight`; None in the deterministic reading.
-        bias_rho: deviation of the shift before softplus, likewise.
+        bias_rho: deviation of the shift before softplus, like `bias`; None in the deterministic reading.
         weight_prior: prior mean of the scale, a float or a tensor of `normalized_shape`; no gradient. Not used in the
             deterministic reading.
-        bias_prior: prior mean of the shift, likewise.
+        bias_prior: prior mean of the shift, a float or a tensor of `normalized_shape`; no gradient.
         prior_std: deviation of the prior, > 0.
         eps: added to the variance, >= 0.
         noise: which rows share a draw of scale and shift: "batch" all rows, "sample" rows with the same index in
@@ -189,7 +189,7 @@ def kl_rms_norm(
 
 
 def _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator):
-    """Return the result of a functional form; checks what `normalize` does not check, or not again in a known call."""
+    """Check what `normalize` does not check, or checks only once, and return the result of the functional form."""
     inputs.check_tensor("x", x)
     shape = checks.as_shape(normalized_shape)
     checks.check_flag("sample", sample)
@@ -250,7 +250,7 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
 
 
 def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator):
-    """The same through the operators, for callers that have to see them; checks every call."""
+    """`normalize` through the operators, which tracing, transforms and dispatch modes see; checks every call."""
     prior, eps, rows = _check_call(x, residual, shape, parameters, settings, sample)
     seed = None if rows.noise == "none" else _seed_tensor(x, seed, generator)
     layout = rows.draws, rows.inner, rows.groups, rows.per_head

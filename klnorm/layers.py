@@ -361,7 +361,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
         )  # fmt: skip
 
 
-class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
+class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # its forward also takes a residual
     r"""RMSNorm with a Gaussian posterior of the scale, sampled in training and held to a prior by a KL term.
 
     It is a `KLLayerNorm` that does not subtract the mean and has a shift only with bias=True; see there, and

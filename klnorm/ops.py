@@ -131,7 +131,7 @@ def compute(x, residual, parameters, seed, spec):
 
 
 def compute_watched(x, residual, parameters, seed, numbers):
-    """Return the same for any tensors, through the operators; the seed is a tensor or None."""
+    """Return (y, sum or None, kl) for any tensors, through the operators; the seed is a tensor or None."""
     if compat.transforming():
         return TransformableFunction.apply(x, residual, *parameters, seed, numbers)[:3]
     if torch.is_grad_enabled():
@@ -162,7 +162,7 @@ class KLNormFunction(torch.autograd.Function):
 
 
 class OperatorFunction(torch.autograd.Function):
-    """The same for all other tensors, through the operators; also outputs the statistics."""
+    """`KLNormFunction` for all other tensors, through the operators; also outputs the statistics."""
 
     @staticmethod
     def forward(x, residual, *args):
@@ -184,7 +184,7 @@ class OperatorFunction(torch.autograd.Function):
 
 
 class TransformableFunction(OperatorFunction):
-    """The same under torch.func's transforms; separate because torch.compile refuses Functions with these methods."""
+    """`OperatorFunction` for torch.func's transforms; torch.compile refuses Functions that define vmap or jvp."""
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -242,7 +242,7 @@ def _gradients(dy, dsum, dkl, z, parameters, seed, statistics, work):
 
 
 class _GradientsOnce(torch.autograd.Function):
-    """The gradients under create_graph=True; its backward raises, because second derivatives would come out as zero."""
+    """The gradients under create_graph=True; its backward raises, because second derivatives would be 0."""
 
     @staticmethod
     def forward(dy, dsum, dkl, z, *args):

@@ -24,7 +24,7 @@ def plot_summary(source: Summary | nn.Module, path: str | os.PathLike | None = N
     top to bottom. Parts that all names begin or end with are removed from the labels and shown beside them.
 
     Args:
-        source: what `klnorm.summary` returned, or an nn.Module to be summarized with the default threshold.
+        source: the result of `klnorm.summary`, or an nn.Module, which is summarized with the default threshold.
         path: file to write; its ending (.png, .svg, .pdf) chooses the format. Makes missing folders. None: no file.
 
     Returns:

@@ -139,7 +139,8 @@ def replace_rms_norm(
 
 def _replace(model, norms, filter_fn, options):
     checks.check_module(model)
-    checks.check_config(options["prior_std"], 1.0, options["noise"])
+    checks.check_positive("prior_std", options["prior_std"])
+    checks.check_noise(options["noise"])
     checks.check_positive("init_std", options["init_std"])
     checks.check_posterior(options["posterior"])
     if options["prior"] not in _PRIORS:
@@ -156,7 +157,7 @@ def _replace(model, norms, filter_fn, options):
     twins = make_twins(model, norms, chosen, options)
     warn_of_others(model, norms, found, chosen, filter_fn)
     for candidate, twin in zip(chosen, twins, strict=True):
-        swap(candidate.module, twin)  # the first change: what may fail has been done
+        swap(candidate.module, twin)  # the first change of the model: all checks have passed
     return model
 
 

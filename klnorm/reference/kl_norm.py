@@ -87,7 +87,7 @@ def residual_sum(x, residual):
 
 
 def reciprocal_root(variance):
-    """Return 1 / sqrt(variance); 0 with derivative 0 for variance 0: a row of equal numbers without eps has xhat = 0."""
+    """Return 1 / sqrt(variance); 0 with derivative 0 for variance 0: without eps, a row of equal numbers has xhat 0."""
     spread = variance != 0
     return torch.where(spread, torch.where(spread, variance, 1).rsqrt(), 0)
 
