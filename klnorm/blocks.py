@@ -9,7 +9,7 @@ import weakref
 LOCK = threading.RLock()
 
 
-class Meanwhile:
+class Temporary:
     """The value of a boolean attribute while a block is open. Copies and pickles get the value outside of blocks."""
 
     def __init__(self, value):

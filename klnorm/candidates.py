@@ -37,6 +37,7 @@ class Norms(NamedTuple):
         return [candidate for candidate in found if candidate is not None]
 
     def _examine(self, name, module):
+        """Return the `Candidate` of a module; None if it is not a norm of this kind."""
         if isinstance(module, KLNorm):
             return Candidate(name, module) if isinstance(module, self.kl_classes) else None
         own, plain = isinstance(module, self.plain_class), plain_type(module)
@@ -72,7 +73,7 @@ RMS_NORMS = Norms("RMSNorm", nn.RMSNorm, (KLRMSNorm, KLForeignRMSNorm), "klnorm.
 def check_convertible(candidate):
     """Raise ValueError unless the candidate can become a KL layer: a bare norm with plain parameters."""
     name, module, convention, why_not = candidate
-    check_uncovered(name, module, _refuse_choice)
+    check_not_overridden(name, module, _refuse_choice)
     if _is_quantized(module):
         _refuse_choice(name, "is quantized", "replace before quantizing")
     for key in "weight", "bias":
@@ -105,11 +106,11 @@ def _check_parameter(name, module, key, value):
         _refuse_choice(name, shapes, "replace before sharding")
 
 
-def check_uncovered(name, module, refuse):
+def check_not_overridden(name, module, refuse):
     """Call `refuse` for a module that is parametrized or whose forward has been overwritten."""
     if parametrize.is_parametrized(module):
         refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
-    if compat.has_forward_of_its_own(module):
+    if compat.overrides_forward(module):
         what = "has a forward that accelerate or another library put into it"
         refuse(name, what, "replace or restore first, or undo that and `del layer.forward`")
 

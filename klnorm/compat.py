@@ -68,7 +68,7 @@ def guard_shortcut(layer, guarded):
 
 
 def _nothing(module, args):
-    """A forward hook."""
+    """Do nothing, as a forward pre-hook."""
 
 
 # ---- Checkpoints of plain norms --------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def check_not_split(layers):
             check_not_absent(*each)
 
 
-def has_forward_of_its_own(layer):
+def overrides_forward(layer):
     """Whether `forward` is an attribute of the instance, which overrides that of its class."""
     return "forward" in vars(layer)
 

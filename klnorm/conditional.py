@@ -244,7 +244,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         return _Spent.apply(kl.mean()) if last.spent else kl.mean()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Also load the state of an nn.LayerNorm or KLLayerNorm: the layer then computes the same."""
+        """Load the state of such a layer, or of an nn.LayerNorm or KLLayerNorm: the layer then computes the same."""
         if f"{prefix}weight" in state_dict and not any(f"{prefix}{name}" in state_dict for name in _LOW_RANK):
             assigned = state_dict[f"{prefix}weight"] if local_metadata.get("assign_to_params_buffers") else None
             device = getattr(assigned, "device", None)

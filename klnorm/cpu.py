@@ -37,7 +37,7 @@ def forward(x, residual, parameters, seed, spec):
         centred = centred - statistics[0]
     statistics.append(reciprocal_root((centred**2).mean(1, keepdim=True) + spec.eps))
     xhat = centred * statistics[-1]
-    y = [_affine(xhat[part], posteriors[i], spec, _Noise(seed, rows, i)) for i, part in enumerate(_parts(rows))]
+    y = [_affine(xhat[part], posteriors[i], spec, _Noise(seed, rows, i)) for i, part in enumerate(_row_slices(rows))]
     y = y[0] if rows.groups == 1 else torch.stack(y, dim=1 if rows.per_head else 0)
     y = y.reshape(x.shape).to(spec.out_dtype)
     # .data is not a view. Autograd would forbid in-place changes of a view, as by nn.ReLU(inplace=True).
@@ -59,7 +59,7 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
         xhat = (xhat if spec.kind == "rms" else xhat - statistics[:, :1]) * rstd
         g = dy.reshape(-1, spec.n_cols).to(acc).contiguous()
         dxhat = torch.empty_like(xhat)
-        for i, part in enumerate(_parts(rows)):
+        for i, part in enumerate(_row_slices(rows)):
             dxhat[part], sums[i] = _affine_backward(g[part], xhat[part], posteriors[i], spec, _Noise(seed, rows, i))
         along_xhat = (dxhat * xhat).mean(1, keepdim=True)
         along_one = 0 if spec.kind == "rms" else dxhat.mean(1, keepdim=True)
@@ -100,7 +100,7 @@ def _by_group(acc, parameters, spec):
     return [Parameters(*each) for each in zip(*split, strict=True)]
 
 
-def _parts(rows):
+def _row_slices(rows):
     """Return the slices of rows that belong to each group."""
     if rows.per_head:
         return [slice(i, None, rows.groups) for i in range(rows.groups)]

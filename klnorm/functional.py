@@ -198,7 +198,7 @@ def _check_and_normalize(x, residual, normalized_shape, parameters, priors, opti
     tensors = [prior.detach() if isinstance(prior, torch.Tensor) else None for prior in priors]
     numbers = [0.0 if isinstance(prior, torch.Tensor) else prior for prior in priors]
     parameters = Parameters(*parameters, *tensors)
-    settings = _plain((*options, *numbers), shape, x)  # in known calls too: as a key of `_known`, True equals 1
+    settings = _as_settings((*options, *numbers), shape, x)  # in known calls too: as a key of `_known`, True equals 1
     for name, tensor in zip(Parameters._fields, parameters, strict=True):
         if isinstance(tensor, torch.Tensor):
             inputs.check_layout(name, tensor)
@@ -264,7 +264,7 @@ def _kl_by_group(kl, parameters, shape):
     return kl if kl.dim() or parameters.weight.dim() == len(shape) else kl.reshape(1)
 
 
-def _plain(settings, shape, x):
+def _as_settings(settings, shape, x):
     """Check `settings`; return them as `Settings` with numbers as int or float, finite in the arithmetic on `x`."""
     kind, posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset, per_head, *values = settings
     checks.check_posterior(posterior)
@@ -294,7 +294,7 @@ def _plain(settings, shape, x):
 def _check_call(x, residual, shape, parameters, settings, sample):
     """Check that the arguments of a call fit together; return (`Prior`, eps, `Rows`)."""
     inputs.check_input(x, shape)
-    kind, posterior, noise, sample_dim, prior_std, eps, _, _, per_head, *values = _plain(settings, shape, x)
+    kind, posterior, noise, sample_dim, prior_std, eps, _, _, per_head, *values = _as_settings(settings, shape, x)
     *posteriors, weight_prior, bias_prior = parameters
     inputs.check_residual(residual, x)
     if kind == "rms" and eps is None:

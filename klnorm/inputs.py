@@ -5,7 +5,7 @@ import torch
 from . import checks, compat
 
 _MAX_ROWS = 1 << 32  # the number of a draw is a 32-bit word of the noise's counter
-_MAX_GROUPS = 65535  # the second dimension of a CUDA grid
+_MAX_GROUPS = 65535  # the largest second dimension of a CUDA grid
 
 
 def check_tensor(name, value):

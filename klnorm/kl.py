@@ -129,14 +129,14 @@ def _take_all(layers):
     """Return ({name: KL divergence} of the layers whose last forward has it, the `kl_terms` of all others)."""
     taken, others = {}, []
     for name, layer in layers.items():
-        covered = compat.has_forward_of_its_own(layer)
-        if covered:
+        overridden = compat.overrides_forward(layer)
+        if overridden:
             compat.check_not_offloaded(name, layer)
         kl = layer._take_kl()
         if kl is not None:  # its own forward ran, so it needs no further check
             taken[name] = kl
             continue
-        if covered:
+        if overridden:
             compat.check_samples(name, layer)
         others += layer.kl_terms()
     if others:

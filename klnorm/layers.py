@@ -252,7 +252,7 @@ class KLNorm(nn.Module):
         return terms if bias is None else [*terms, (kl_normal, (bias, bias_rho), bias_prior, prior_std)]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Also accept the state of the plain norm."""
+        """Load the state of a KL layer or of the plain norm."""
         assigned = local_metadata.get("assign_to_params_buffers", False)
         state_dict = compat.with_posterior(self, state_dict, prefix, assigned)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -353,7 +353,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
         checks.check_dtype(dtype)
         eps = checks.as_number("eps", eps, at_least=0)
         shape, of_heads = checks.as_shape(normalized_shape), _as_heads(heads)
-        super().__init__((*of_heads, *shape), eps, True, bias, device, dtype)  # parameters of this shape
+        super().__init__((*of_heads, *shape), eps, True, bias, device, dtype)  # makes parameters of this shape
         self.normalized_shape, self.heads = shape, of_heads[0] if of_heads else None
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
@@ -434,7 +434,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # its forward also t
         checks.check_dtype(dtype)
         eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
         shape, of_heads = checks.as_shape(normalized_shape), _as_heads(heads)
-        super().__init__((*of_heads, *shape), eps, True, device, dtype)  # parameters of this shape
+        super().__init__((*of_heads, *shape), eps, True, device, dtype)  # makes parameters of this shape
         self.normalized_shape, self.heads = shape, of_heads[0] if of_heads else None
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
         self._add_posterior(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import checks
-from .blocks import Meanwhile, Switch
+from .blocks import Switch, Temporary
 from .draws import as_call, batch_of, can_sample, outputs
 from .layers import KLNorm
 
@@ -65,11 +65,11 @@ def _train(module):
         module.training = True  # not train(), which would also change children that were in evaluation mode
 
 
-_SAMPLING = Switch(can_sample, lambda layer: layer._set_sampling(Meanwhile(True)), _end_sampling)
+_SAMPLING = Switch(can_sample, lambda layer: layer._set_sampling(Temporary(True)), _end_sampling)
 # nn.TransformerEncoder passes nested tensors for its shortcut, which KL layers that sample do not take.
 _DENSE = Switch(
     lambda module: getattr(module, "use_nested_tensor", False),
-    lambda encoder: setattr(encoder, "use_nested_tensor", Meanwhile(False)),
+    lambda encoder: setattr(encoder, "use_nested_tensor", Temporary(False)),
     lambda encoder: setattr(encoder, "use_nested_tensor", True),
 )
 _EVALUATION = Switch(lambda module: module.training, lambda module: module.training and module.eval(), _train)
@@ -163,7 +163,7 @@ def mc_predict(
         found = outputs(model, call, samples, max_batch)
         if likelihood == "gaussian":
             return _moments(found)
-        if likelihood == "bernoulli":  # two classes, of which no has the logit 0
+        if likelihood == "bernoulli":  # two classes: "no" has the logit 0
             yes_or_no = ((torch.stack([torch.zeros_like(z), z], 1), 0) for z in found)
             probabilities, *uncertainty = _classify(yes_or_no, samples)
             return Prediction(probabilities[1], *uncertainty)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import checks
-from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_uncovered, plain_type, refuse
+from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_not_overridden, plain_type, refuse
 from .choice import Filter, choose, warn_of_others
 from .compat import is_sharded
 from .conversion import make_twins, swap
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _PRIORS = "current", "standard"
 _EVALUATED = "model.eval(), in which the layer computes the norm of its means"
 _WITHOUT_SHIFT = f"layer.bias = layer.bias_rho = layer.bias_prior = None to do without it, or {_EVALUATED}"
-# By name, as torch need not have torch.distributed.
+# Names, because a build of torch may lack torch.distributed.
 _FSDP = "FSDPModule", "FullyShardedDataParallel"
 _WRAPPERS = "DistributedDataParallel", *_FSDP
 
@@ -212,7 +212,7 @@ def _restore(model, norms):
     # `_plain_class` of its own marks a class that can be restored; a user's subclass of a KL layer has none.
     layers = [(name, m) for name, m in layers if "_plain_class" in vars(plain_type(m))]
     for name, module in layers:
-        check_uncovered(name, module, refuse)
+        check_not_overridden(name, module, refuse)
         if module.heads is not None:
             refuse(name, f"has parameters of every head, which an nn.{norms.name} cannot hold", _EVALUATED)
         if isinstance(module, KLRMSNorm) and module.bias is not None:

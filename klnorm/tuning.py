@@ -16,7 +16,7 @@ PREPARED_ROWS = 4
 
 PREFETCHED_BYTES = 16 << 10  # kernels prefetch rows up to this size two ahead, longer ones one ahead
 
-PARTIAL_BYTES = 32 << 20  # a backward may write partial sums of this size, or of a quarter of its input if that is more
+PARTIAL_BYTES = 32 << 20  # limit of a backward's partial sums, or a quarter of its input if that is more
 
 
 class Shape(NamedTuple):
