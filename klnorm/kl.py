@@ -67,9 +67,9 @@ def kl_divergence(model: nn.Module, *, check_finite: bool | None = None) -> torc
     """Return the KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
     Each layer's divergence is taken from its last forward in training mode; that costs two small kernels for the whole
-    model. It is computed from the parameters, in about twenty kernels, if there was no such forward, after a
-    `backward()` through it, a change of the parameters or `eval()`, and under torch.compile. Value and gradient are the
-    same. Add the result to the loss and call backward once: it shares the graph of the outputs.
+    model. It is computed from the parameters, in about twenty kernels, without such a forward; after a `backward()`
+    through it, a change of the parameters or `eval()`; and under torch.compile. Value and gradient are the same in both
+    cases. Add the result to the loss and call backward once: it shares the graph of the outputs.
 
     A layer holds the divergence of its last forward, and with it the graph of that forward, until `kl_divergence` takes
     it. From then on only the result holds the graph. If nothing takes it, a backward through the forward, the layer's

@@ -53,8 +53,8 @@ def replace_layer_norm(
     Args:
         model: any nn.Module, an nn.LayerNorm itself included.
         filter_fn: None: replace all. Or a function (module, qualified name) -> bool, called for each module that is
-            built like a LayerNorm; those that it chooses have to compute LayerNorm. Or `klnorm.last_norms(k)`: the last
-            k.
+            built like a LayerNorm; those that it chooses have to compute LayerNorm. Or
+            `klnorm.last_norms(k)` for the last k.
         prior: prior means: "current": the present weight and bias, or those of a plain checkpoint loaded later;
             "standard": 1 and 0.
         noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLLayerNorm`.
@@ -111,7 +111,8 @@ def replace_rms_norm(
     Args:
         model: any nn.Module, an RMSNorm itself included.
         filter_fn: None: replace all. Or a function (module, qualified name) -> bool, called for each module that is
-            built like an RMSNorm; those that it chooses have to compute RMSNorm. Or `klnorm.last_norms(k)`: the last k.
+            built like an RMSNorm; those that it chooses have to compute RMSNorm. Or
+            `klnorm.last_norms(k)` for the last k.
         prior: prior mean: "current": the present weight, or that of a plain checkpoint loaded later; "standard": a
             scale of 1.
         noise, sample_dim, init_std, prior_std, generator, posterior, out_dtype: as for `replace_layer_norm`.

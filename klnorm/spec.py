@@ -89,11 +89,11 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
-    """Everything about a call except its tensors and seed. `kind`: "layer" or "rms"; `posterior`: "sampled" or
-    "deterministic"; `n_cols`: features of a row; `dtypes`: of x, the residual and the `Parameters`, None for absent
-    tensors; `out_dtype`: of y; the scale is `weight_offset` + weight.
+    """Everything about a call except its tensors and seed. `make_spec` makes one object per value, so that caches can
+    look up a Spec by its identity.
 
-    `make_spec` returns the same object for the same fields, so caches can look up a Spec by its identity.
+    `kind`: "layer" or "rms"; `posterior`: "sampled" or "deterministic"; `n_cols`: features of a row; `dtypes`: of x,
+    the residual and the `Parameters`, None for absent tensors; `out_dtype`: of y; scale = `weight_offset` + weight.
     """
 
     kind: str
