@@ -1,16 +1,16 @@
-"""What `with` blocks change in a model meanwhile, where they overlap: in threads, generators, coroutines."""
+"""Changes to a model that last as long as a `with` block; blocks may overlap in threads, generators and coroutines."""
 
 import contextlib
 import threading
 import weakref
 
-# One for all, as blocks change the same modules. Reentrant, as the garbage collector may close a generator, and with it
-# the block that this has left open, in the middle of another block's change.
+# One lock for all blocks, because they change the same modules. It is reentrant: the garbage collector may close a
+# generator, and with it the block that the generator has open, while another block makes its change.
 LOCK = threading.RLock()
 
 
-class Meanwhile:
-    """A flag's value while a block is open. What is copied or pickled then, no block ends for: it gets the opposite."""
+class Temporary:
+    """The value of a boolean attribute while a block is open. Copies and pickles get the value outside of blocks."""
 
     def __init__(self, value):
         self._value = value
@@ -23,11 +23,11 @@ class Meanwhile:
 
 
 class Switch:
-    """A change of modules for as long as any block is open: the first block makes it, the last one to end undoes it.
+    """A change of modules that lasts while any block is open: the first block makes it, the last one to end undoes it.
 
     Args:
-        applies: whether a block changes this module, as it is outside of blocks.
-        change, undo: functions of a module, which do no harm when done twice.
+        applies: function of a module that no open block has changed: whether a block changes it.
+        change, undo: functions of a module; a second call has no further effect.
     """
 
     def __init__(self, applies, change, undo):
@@ -36,7 +36,7 @@ class Switch:
 
     @contextlib.contextmanager
     def on(self, model):
-        """A block for all modules of `model`."""
+        """Context manager that changes the modules of `model`."""
         block, modules = object(), []
         try:
             with LOCK:

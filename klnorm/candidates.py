@@ -1,4 +1,4 @@
-"""Which modules of a model are norms that can become KL layers, and why another one cannot."""
+"""Finds the norms in a model, and tells which of them can become KL layers and why the others cannot."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from .layers import KLLayerNorm, KLNorm, KLRMSNorm
 
 
 class Candidate(NamedTuple):
-    """A module that is a norm, or looks like one.
+    """A module that is a norm or looks like one.
 
-    convention: how its class writes the norm; None where that is torch's own, or a KL layer's already.
-    why_not: what about its class keeps it from being replaced; None where nothing does.
+    convention: how a class of another library writes the norm; None for torch's norms and for KL layers.
+    why_not: why its class cannot be replaced, a clause for messages; None if it can.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """A kind of norm: its name in torch.nn, the classes that stand for it, and the function that replaces it."""
+    """A kind of norm: its name and class in torch.nn, its KL classes, and the function that replaces it."""
 
     name: str
     plain_class: type
@@ -32,11 +32,12 @@ class Norms(NamedTuple):
     replace: str
 
     def find(self, model):
-        """The `Candidate`s in `model`."""
+        """Return the `Candidate`s in `model`."""
         found = [self._examine(name, module) for name, module in model.named_modules()]
         return [candidate for candidate in found if candidate is not None]
 
     def _examine(self, name, module):
+        """Return the `Candidate` of a module; None if it is not a norm of this kind."""
         if isinstance(module, KLNorm):
             return Candidate(name, module) if isinstance(module, self.kl_classes) else None
         own, plain = isinstance(module, self.plain_class), plain_type(module)
@@ -59,7 +60,7 @@ class Norms(NamedTuple):
         return Candidate(name, module, why_not=f"computes something else than nn.{self.name}")
 
     def kl_class(self, candidate):
-        """The class that replaces the candidate's own."""
+        """Return the KL class that replaces the candidate's class."""
         if candidate.convention is None:
             return self.kl_classes[0]
         return foreign.kl_class(type(candidate.module), candidate.convention)
@@ -70,9 +71,9 @@ RMS_NORMS = Norms("RMSNorm", nn.RMSNorm, (KLRMSNorm, KLForeignRMSNorm), "klnorm.
 
 
 def check_convertible(candidate):
-    """Raise unless the candidate is, but for its class, the norm with plain parameters."""
+    """Raise ValueError unless the candidate can become a KL layer: a bare norm with plain parameters."""
     name, module, convention, why_not = candidate
-    check_uncovered(name, module, _refuse_choice)
+    check_not_overridden(name, module, _refuse_choice)
     if _is_quantized(module):
         _refuse_choice(name, "is quantized", "replace before quantizing")
     for key in "weight", "bias":
@@ -105,27 +106,27 @@ def _check_parameter(name, module, key, value):
         _refuse_choice(name, shapes, "replace before sharding")
 
 
-def check_uncovered(name, module, refuse):
-    """`refuse` a module with something put over its class."""
+def check_not_overridden(name, module, refuse):
+    """Call `refuse` for a module that is parametrized or whose forward has been overwritten."""
     if parametrize.is_parametrized(module):
         refuse(name, "is parametrized", "torch.nn.utils.parametrize.remove_parametrizations")
-    if compat.has_forward_of_its_own(module):
+    if compat.overrides_forward(module):
         what = "has a forward that accelerate or another library put into it"
         refuse(name, what, "replace or restore first, or undo that and `del layer.forward`")
 
 
 def refuse(name, what, remedy):
-    """Raise for a layer that cannot change its class."""
+    """Raise the ValueError for a layer whose class cannot change."""
     raise ValueError(f"layer {checks.named(name)} {what}, expected a plain one. Remedy: {remedy}.")
 
 
 def _refuse_choice(name, what, remedy):
-    """Raise for a layer that cannot be replaced, and need not be chosen."""
+    """`refuse` with a second remedy: leave the layer out."""
     refuse(name, what, f"{remedy}, or leave it out with filter_fn")
 
 
 def plain_type(module):
-    """The class of a module, also where parametrizations have put one of their own in its place."""
+    """Return the class that the module had before any parametrization."""
     return parametrize.type_before_parametrizations(module)
 
 

@@ -1,6 +1,6 @@
-"""What a caller may get wrong, and messages that say which argument, what came, what was expected, what to do.
+"""Checks of arguments. Each message names the argument, what came, what was expected and, where possible, a remedy.
 
-Here what is no tensor; see `klnorm.inputs` for the tensors of a call.
+`klnorm.inputs` checks tensors; this module checks everything else.
 """
 
 import math
@@ -15,23 +15,23 @@ from .reference.kl_norm import Noise, Posterior
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOAT_NAMES = ", ".join(map(str, FLOATS))
 _MAX_INT = (1 << 63) - 1  # of int64
-# The largest number of a dtype, and the smallest that arithmetic on it, in fp32 or fp64, has with all digits.
+# The largest number of a dtype, and the smallest normal number of the dtype of its arithmetic, fp32 or fp64.
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATS}
 _SMALLEST = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).tiny for dtype in FLOATS}
 
 
 def as_number(name, value, *, above=None, at_least=None, dtype=torch.float32, instead=""):
-    """`value`, any real number, as a float that is finite in `dtype`; `above` and `at_least` are None or 0.
+    """Return `value`, any real number, as a float that is finite in `dtype`.
 
     Args:
-        instead: what else the caller takes, for the message.
+        above, at_least: bounds, None or 0. instead: what else the argument may be, for the message.
     """
     number = value if type(value) is float else _to_float(value)
     if number is None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected a float{instead}.")
     largest = _LARGEST[dtype]
     least = _SMALLEST[dtype] if above is not None else at_least if at_least is not None else -largest
-    if not least <= number <= largest:  # nor is NaN
+    if not least <= number <= largest:  # true for NaN
         bound = " above 0" if above is not None else " of 0 or more" if at_least is not None else ""
         raise ValueError(
             f"{name} is {shown(value)}, expected a finite number{bound}, {least:.3g} to {largest:.3g} in {dtype}."
@@ -50,7 +50,7 @@ def check_not_negative(name, value):
 
 
 def as_integer(name, value, *, at_least=None):
-    """`value`, any integer of 64 bits, as an int."""
+    """Return `value`, any integer of 64 bits, as an int."""
     if not _is_integer(value):
         raise TypeError(f"{name} is a {type(value).__name__}, expected an int.")
     if at_least is not None and value < at_least:
@@ -60,9 +60,9 @@ def as_integer(name, value, *, at_least=None):
     return value if type(value) is int else int(value)
 
 
-def check_count(name, value, minimum=1):
-    """Raise unless `value` is an int of `minimum` or more."""
-    as_integer(name, value, at_least=minimum)
+def check_count(name, value):
+    """Raise unless `value` is an int of 1 or more."""
+    as_integer(name, value, at_least=1)
 
 
 def check_flag(name, value):
@@ -72,7 +72,7 @@ def check_flag(name, value):
 
 
 def check_name(name, value, names, meaning=""):
-    """Raise unless `value` is one of `names`; `meaning`: of what, for the message."""
+    """Raise unless `value` is one of `names`; the message appends `meaning`."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is a {type(value).__name__}, expected {_one_of(names)}{meaning}.")
     if value not in names:
@@ -92,13 +92,13 @@ def check_generator(generator):
 
 
 def as_shape(normalized_shape):
-    """`normalized_shape` as a tuple of positive ints."""
+    """Return `normalized_shape` as a tuple of positive ints."""
     shape, expected = normalized_shape, "expected a positive int or a non-empty sequence of them"
     if _is_integer(shape):
         shape = (shape,)
     elif not isinstance(shape, (tuple, list)):
         unordered = not isinstance(shape, Iterable) or isinstance(shape, (str, bytes, bytearray, Mapping, Set))
-        if unordered or getattr(shape, "ndim", 1) == 0:  # which arrays may have, and are iterable all the same
+        if unordered or getattr(shape, "ndim", 1) == 0:  # a 0-dimensional array is an Iterable too
             raise TypeError(f"normalized_shape is {shown(shape)}, a {type(shape).__name__}, {expected}.")
     shape = tuple(shape)
     if not all(map(_is_integer, shape)):
@@ -111,25 +111,18 @@ def as_shape(normalized_shape):
     return tuple([as_integer("normalized_shape", n) for n in shape])
 
 
-def check_config(prior_std, eps, noise):
-    """Raise unless these are a layer's valid settings."""
-    check_positive("prior_std", prior_std)
-    check_not_negative("eps", eps)
-    check_noise(noise)
-
-
 def check_noise(noise):
-    """Raise unless `noise` says which rows share a draw."""
+    """Raise unless `noise` is "batch", "sample" or "token"."""
     check_name("noise", noise, get_args(Noise), ": the rows that share a draw")
 
 
 def check_posterior(posterior):
-    """Raise unless `posterior` names a reading of KL-Norm."""
+    """Raise unless `posterior` is "sampled" or "deterministic"."""
     check_name("posterior", posterior, get_args(Posterior))
 
 
 def check_dtype(dtype):
-    """Raise for a torch.dtype that a layer's parameters cannot have; what is none is left to torch."""
+    """Raise for a torch.dtype that a layer's parameters cannot have; torch checks everything else."""
     if isinstance(dtype, torch.dtype) and dtype not in FLOATS:
         raise TypeError(f"dtype is {dtype}, expected one of {FLOAT_NAMES}.")
 
@@ -141,7 +134,7 @@ def check_out_dtype(out_dtype):
 
 
 def as_options(dtype, *, noise, sample_dim, init_std, prior_std, generator, posterior, out_dtype):
-    """The options by name of a layer with parameters of `dtype`, as plain numbers; raise unless they are valid."""
+    """Return a dict of the valid options, numbers as int or float; `dtype`: of the layer's parameters."""
     check_noise(noise)
     check_posterior(posterior)
     check_generator(generator)
@@ -149,7 +142,7 @@ def as_options(dtype, *, noise, sample_dim, init_std, prior_std, generator, post
     return {
         "noise": noise,
         "sample_dim": as_integer("sample_dim", sample_dim),
-        "init_std": as_number("init_std", init_std, above=0, dtype=dtype),  # its rho is no larger
+        "init_std": as_number("init_std", init_std, above=0, dtype=dtype),  # rho <= init_std, so rho is finite too
         "prior_std": as_number("prior_std", prior_std, above=0),
         "generator": generator,
         "posterior": posterior,
@@ -158,7 +151,7 @@ def as_options(dtype, *, noise, sample_dim, init_std, prior_std, generator, post
 
 
 def describe_not_finite(named_tensors):
-    """Which of the tensors hold NaN or infinity, and where first; for a message about a KL that is not finite."""
+    """Say which tensors hold NaN or infinity, and where first: part of the message about a KL that is not finite."""
     found = []
     for name, tensor in named_tensors:
         bad = None if tensor is None else (~tensor.detach().isfinite()).flatten().nonzero()
@@ -168,12 +161,12 @@ def describe_not_finite(named_tensors):
 
 
 def named(name):
-    """The qualified name of a layer as messages have it."""
+    """Return the qualified name of a layer, quoted for a message."""
     return repr(name or "(the model itself)")
 
 
 def shown(value):
-    """`value` for a message, cut where it is long."""
+    """Return the repr of `value` for a message, on one line and cut after 60 characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python prints no int of more than 4300 digits
@@ -186,7 +179,7 @@ def _is_integer(value):
 
 
 def _to_float(value):
-    """A real number as a float, an infinite one where it is too large; None for what is no number."""
+    """Return a real number as a float, infinity if it is too large; None for anything else."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     try:

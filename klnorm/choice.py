@@ -1,4 +1,4 @@
-"""Which of the norms of a model are replaced, and what is said about the others."""
+"""Chooses the norms of a model to replace, and warns about those that stay as they are."""
 
 import warnings
 from collections import Counter
@@ -11,17 +11,17 @@ from .candidates import LAYER_NORMS, RMS_NORMS
 
 
 class last_norms:
-    """A `filter_fn` for `replace_layer_norm` and `replace_rms_norm`: the last `k` norms of their kind in the model.
+    """A `filter_fn` for `replace_layer_norm` and `replace_rms_norm` that chooses the last `k` norms of that kind.
 
-    The order is that of `named_modules()`, of definition, in most models that of execution. Those replaced already
-    count, so that replacing twice gives the same as once; those that cannot be replaced do not.
+    "Last" is in the order of `named_modules()`: the order of definition, in most models also that of execution. Norms
+    that are KL layers already count, so a second call changes nothing. Norms that cannot be replaced do not count.
 
     Args:
         k: how many, >= 1.
-        filter_fn: None, or a function (module, qualified name) -> bool: the last `k` of those that it chooses.
+        filter_fn: None, or a function (module, qualified name) -> bool; only norms for which it returns True count.
 
     Raises:
-        TypeError, ValueError: `k` is not an int of 1 or more, or the model has fewer; `filter_fn` is no function.
+        TypeError, ValueError: `k` is not an int of 1 or more, or more than there are norms; `filter_fn` is no function.
 
     Example:
         >>> model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8))
@@ -45,7 +45,7 @@ class last_norms:
         self.k, self.filter_fn = k, filter_fn
 
     def select(self, candidates):
-        """Those of `candidates`, in order, to replace."""
+        """Return those of `candidates` to replace, in order."""
         of_filter = ""
         if self.filter_fn is not None:
             candidates = [candidate for candidate in candidates if _ask(self.filter_fn, candidate)]
@@ -62,7 +62,7 @@ Filter = Callable[[nn.Module, str], bool] | last_norms
 
 
 def choose(found, filter_fn):
-    """Those of the candidates `found` that `filter_fn` chooses."""
+    """Return the candidates among `found` that `filter_fn` chooses."""
     if filter_fn is None or isinstance(filter_fn, last_norms):
         possible = [candidate for candidate in found if candidate.why_not is None]
         return possible if filter_fn is None else filter_fn.select(possible)
@@ -89,9 +89,9 @@ def _ask(filter_fn, candidate):
 
 
 def warn_of_others(model, norms, found, chosen, filter_fn):
-    """Say which norms will stay as they are, where a user could think that they are replaced.
+    """Warn of norms that stay as they are although a user may expect them to be replaced.
 
-    Before anything changes, as a warning may be turned into an error.
+    The caller warns before it changes the model, because warnings can be set to raise.
     """
     replaced = chosen or any(isinstance(candidate.module, norms.kl_classes) for candidate in found)
     passed = [candidate for candidate in found if candidate.why_not is not None and _sounds_like(norms, candidate)]
@@ -123,11 +123,11 @@ def warn_of_others(model, norms, found, chosen, filter_fn):
 
 
 def _sounds_like(norms, candidate):
-    """Whether a user can have meant the candidate: not everything with a weight and an eps is a norm."""
+    """Whether a user may take the candidate for a norm: not every module with a weight and an eps is one."""
     return isinstance(candidate.module, norms.plain_class) or "norm" in type(candidate.module).__name__.lower()
 
 
 def _count(candidates):
-    """How many of which class, and why they cannot be replaced."""
+    """Describe candidates: how many of each class, and why they cannot be replaced."""
     counts = Counter((type(candidate.module).__name__, candidate.why_not) for candidate in candidates)
     return ", ".join(f"{n} {name}" + (f" (which {why})" if why else "") for (name, why), n in counts.items())

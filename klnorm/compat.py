@@ -1,4 +1,4 @@
-"""What other libraries, and what is private in torch, make necessary: one short function each, with its reason."""
+"""Code that exists because of other libraries or uses private parts of torch: short functions, each with its reason."""
 
 import inspect
 
@@ -9,8 +9,8 @@ from . import checks
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
 
-# Private, as nothing public tells. Where a version of torch lacks the first, torch's own error refuses the transforms;
-# where it lacks the others, every call goes through the dispatcher, which is right and slower.
+# These are private because torch has no public equivalent. Without the first, transforms end in an error of torch.
+# Without the others, every call goes through the dispatcher, which is correct but slower.
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", bool)
 _active_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
 _has_storage = getattr(torch._C, "_has_storage", lambda tensor: False)
@@ -18,25 +18,25 @@ _PLAIN = {torch.Tensor, nn.Parameter}
 
 
 def transforming():
-    """Whether a transform of torch.func (grad, vmap, ...) runs, outside of torch.compile."""
+    """Whether a transform of torch.func (grad, vmap, ...) is active; False under torch.compile."""
     return not torch.compiler.is_compiling() and transforms_active()
 
 
 def in_backward():
-    """Whether a backward pass runs, outside of torch.compile: a forward is then one that checkpointing repeats."""
+    """Whether a backward pass is running: a forward is then a repeat by checkpointing. False under torch.compile."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def is_watched():
-    """Whether tracing, a transform or a dispatch mode has to see the operators now."""
+    """Whether tracing, a transform or a dispatch mode is active, which has to see the operators."""
     return torch.compiler.is_compiling() or transforms_active() or _active_modes()
 
 
 def are_plain(*tensors):
-    """Whether torch's dispatcher, which costs more than all else here, would only pass an operator of these on.
+    """Whether a call with these tensors may skip torch's dispatcher, the largest part of a small call's time.
 
-    Subclasses of tensors and the meta device have to see it. So have tensors whose memory holds the negative of their
-    values, which the dispatcher turns into plain ones, and those of is_grads_batched=True, which have no memory.
+    The dispatcher is needed for subclasses of Tensor, for the meta device, for tensors with the negative bit, which it
+    resolves, and for the tensors of is_grads_batched=True, which have no memory.
     """
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or t.is_neg() or t.is_meta or not _has_storage(t)):
@@ -45,7 +45,7 @@ def are_plain(*tensors):
 
 
 def is_readable(tensor):
-    """Whether the value can be looked at now: not traced, transformed, captured into a CUDA graph, or absent."""
+    """Whether the host can read the value: not on the meta device, nor under tracing, transforms or graph capture."""
     return (
         type(tensor) is torch.Tensor
         and tensor.device.type != "meta"
@@ -55,10 +55,10 @@ def is_readable(tensor):
 
 
 def guard_shortcut(layer, guarded):
-    """Attach a hook that does nothing to `layer`, or take it away.
+    """Attach a hook that does nothing to `layer` if `guarded`, else remove it.
 
-    nn.TransformerEncoderLayer in evaluation mode reads the weight and bias of its norms without calling them, unless
-    one of its modules has a hook: https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html
+    In evaluation mode nn.TransformerEncoderLayer does not call its norms: it reads their weight and bias, unless one of
+    its modules has a hook: https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html
     """
     if guarded and layer._shortcut_guard is None:
         layer._shortcut_guard = layer.register_forward_pre_hook(_nothing)
@@ -68,17 +68,17 @@ def guard_shortcut(layer, guarded):
 
 
 def _nothing(module, args):
-    """A forward hook."""
+    """Do nothing, as a forward pre-hook."""
 
 
 # ---- Checkpoints of plain norms --------------------------------------------------------------------------------------
 
 
 def with_posterior(layer, state_dict, prefix, assigned):
-    """`state_dict`; where it holds a plain norm, with a posterior for `layer`: the loaded values become means and prior
-    means, deviations stay. A prior that `klnorm.replace_layer_norm` centred on the standard values stays as well.
+    """Return `state_dict`; if it holds a plain norm, add the posterior of `layer`: loaded values become means and prior
+    means, deviations stay. With prior="standard" (`klnorm.replace_layer_norm`) prior means stay as well.
 
-    `assigned`: the tensors loaded replace those of the layer, so that what is added has to be where they are.
+    `assigned`: loaded tensors replace the layer's (assign=True), so added tensors get their device and dtype.
     """
     added = [f"{prefix}{name}_{kind}" for name in layer._means for kind in ("rho", "prior")]
     if f"{prefix}weight" not in state_dict or any(key in state_dict for key in added):
@@ -89,7 +89,7 @@ def with_posterior(layer, state_dict, prefix, assigned):
         if loaded is None:
             continue
         rho, prior = getattr(layer, f"{name}_rho"), getattr(layer, f"{name}_prior")
-        if isinstance(loaded, torch.Tensor):  # what is none torch refuses, and says so of it alone
+        if isinstance(loaded, torch.Tensor):  # torch refuses anything else, naming this key alone
             rho = rho if rho is None or not assigned else _rho_like(layer, rho.detach(), loaded)
             prior = prior if prior is None else layer._prior_for(name, loaded)
         values = (f"{prefix}{name}_rho", rho), (f"{prefix}{name}_prior", prior)
@@ -105,20 +105,20 @@ def _rho_like(layer, rho, loaded):
 
 
 def is_sharded(tensor):
-    """Whether FSDP2 has sharded it: it is a DTensor, whose class is there to be asked for only where torch has it."""
+    """Whether FSDP2 has sharded the tensor, a DTensor; builds of torch without distributed lack that class."""
     return hasattr(tensor, "device_mesh")
 
 
 def whole(tensor):
-    """A plain tensor; for a DTensor the whole of it, for which all its ranks communicate."""
+    """Return the full tensor of a DTensor, for which all its ranks communicate; a plain tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def sum_over_shards(total, mean, parameters, priors):
-    """`total(parameters, priors)`, a sum over elements, of every rank's shards alone, as a DTensor of partial sums.
+    """Apply `total(parameters, priors)`, a sum over elements, to each rank's shards; return a DTensor of partial sums.
 
-    `parameters`: lists of DTensors that are sharded like `mean`; `priors`: tensors that every rank has whole, so that
-    nothing is sent.
+    `parameters`: lists of DTensors sharded like `mean`; `priors`: tensors that every rank holds whole.
+    Ranks send nothing.
     """
     from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
@@ -133,10 +133,10 @@ def sum_over_shards(total, mean, parameters, priors):
 
 
 def initialize_unloaded(layer):
-    """Give values to the tensors of `layer` that no checkpoint had.
+    """Initialize the tensors of `layer` that transformers has not loaded from a checkpoint.
 
-    transformers marks tensors that it has loaded, gives the others memory without values, initializes what it knows of
-    a norm, weight and bias, and then marks the module: the moment to initialize what it does not know. See
+    transformers marks the tensors that it has loaded and allocates the others without values. It initializes a norm's
+    weight and bias, then marks the module; on that mark the layer initializes its other tensors. See
     https://github.com/huggingface/transformers/blob/main/src/transformers/initialization.py
     """
     for name, initialize in layer._initializers().items():
@@ -149,7 +149,7 @@ def initialize_unloaded(layer):
 
 
 def children_in_use(module, is_kl_layer):
-    """(name, child) of `module`; of a wrapper of PEFT that keeps copies of a KL layer the active adapter's alone.
+    """Return [(name, child)] of `module`; for a PEFT wrapper of a KL layer only the active adapter's copies of it.
 
     modules_to_save and LN tuning copy a layer for every adapter: https://huggingface.co/docs/peft/package_reference/peft_model
     """
@@ -163,8 +163,8 @@ def children_in_use(module, is_kl_layer):
 
 
 def _active_copies(wrapper):
-    """(name, module) of what PEFT puts in the place of the layer that it has wrapped."""
-    if wrapper.disable_adapters or wrapper.merged_adapters:  # a merged copy has changed places with the base layer
+    """Return [(name, module)] of the copies that PEFT runs in place of the layer that it wraps."""
+    if wrapper.disable_adapters or wrapper.merged_adapters:  # PEFT has swapped a merged copy with the base layer
         return []
     by_adapter = [(name, wrapper._modules.get(name)) for name in wrapper.adapter_layer_names]
     return [
@@ -176,7 +176,7 @@ def _active_copies(wrapper):
     ]
 
 
-# ---- accelerate, and others that put a forward over a layer's own ----------------------------------------------------
+# ---- accelerate, and other libraries that set `layer.forward` --------------------------------------------------------
 
 _REMEDY_OF_OFFLOADING = (
     "Remedy: around the call enter accelerate.utils.align_module_device(layer) for every layer of "
@@ -185,7 +185,7 @@ _REMEDY_OF_OFFLOADING = (
 
 
 def check_not_absent(name, layer, key, tensor):
-    """Raise for a tensor on the meta device, where accelerate leaves what it has offloaded outside of forward.
+    """Raise for a tensor on the meta device, where accelerate keeps offloaded parameters outside of forward.
 
     https://huggingface.co/docs/accelerate/usage_guides/big_modeling
     """
@@ -203,14 +203,14 @@ def check_not_absent(name, layer, key, tensor):
 
 
 def check_not_offloaded(name, layer):
-    """Raise for a layer whose parameters accelerate brings for its forward alone."""
+    """Raise for a layer whose parameters accelerate has offloaded: they have values during its forward only."""
     if "_hf_hook" in vars(layer):
         for key, tensor in layer.named_parameters(recurse=False):
             check_not_absent(name, layer, key, tensor)
 
 
 def check_not_split(layers):
-    """Raise for layers of which some tensors are on the meta device and some not."""
+    """Raise if some tensors of the layers are on the meta device and others are not."""
     held = [
         (name, layer, key, tensor)
         for name, layer in layers.items()
@@ -222,16 +222,16 @@ def check_not_split(layers):
             check_not_absent(*each)
 
 
-def has_forward_of_its_own(layer):
-    """Whether somebody has put a forward into the instance, over that of its class."""
+def overrides_forward(layer):
+    """Whether `forward` is an attribute of the instance, which overrides that of its class."""
     return "forward" in vars(layer)
 
 
 def check_samples(name, layer):
-    """Raise for a layer in training mode whose forward does not call that of its class, as one that Liger or unsloth
-    puts there: nothing is sampled, and the KL divergence would be charged all the same.
+    """Raise for a layer in training mode whose forward was replaced, as by Liger or unsloth, rather than wrapped: it
+    does not sample, so its KL divergence must not enter the loss.
     """
-    forward = inspect.unwrap(layer.forward)  # accelerate's hooks, and whoever else wraps one, leave __wrapped__
+    forward = inspect.unwrap(layer.forward)  # wrappers, accelerate's among them, set __wrapped__
     own = inspect.unwrap(type(layer).forward)
     if layer.training and layer.posterior == "sampled" and getattr(forward, "__func__", forward) is not own:
         raise ValueError(

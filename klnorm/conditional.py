@@ -16,7 +16,7 @@ from .layers import KLNorm
 from .reference.kl_norm import accumulation_dtype, residual_sum
 from .spec import Parameters
 
-# U V is 0 at first, and V like the weight of an nn.Linear.
+# U is 0 at first, and V is initialized like the weight of an nn.Linear.
 _LOW_RANK: dict[str, Callable] = {
     "condition_down": functools.partial(nn.init.kaiming_uniform_, a=5**0.5),
     "condition_up": nn.init.zeros_,
@@ -24,27 +24,26 @@ _LOW_RANK: dict[str, Callable] = {
 
 
 class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
-    r"""KLLayerNorm in which every sample has a posterior of its own, a function of a summary of the sample.
+    r"""KLLayerNorm whose posterior differs between samples: it is a function of a vector, the sample's condition.
 
     .. math::
         (\mathrm{weight}, \mathrm{weight\_rho}, \mathrm{bias}, \mathrm{bias\_rho})_g =
         (\mathrm{weight}, \mathrm{weight\_rho}, \mathrm{bias}, \mathrm{bias\_rho}) + U V c_g
 
-    where :math:`c_g` is the condition of sample g: with condition="self" the mean of :math:`\hat x`, normalized but not
-    scaled and shifted, over the sample's rows, those of padding left out; otherwise a vector that the caller passes. U
-    is 0 in a new layer, which therefore computes what a KLLayerNorm does, draws included.
+    where :math:`c_g` is the condition of sample g. With condition="self" it is the mean of :math:`\hat x`, the
+    normalized input before scale and shift, over the sample's rows without padding. Otherwise the caller passes it. U
+    is 0 in a new layer, which therefore computes the same as a KLLayerNorm, draws included.
 
-    Input-conditioned scale and shift are those of FiLM (Perez et al. 2018, arXiv 1709.07871) and of the adaptive layer
-    norm of DiT (Peebles and Xie 2023, arXiv 2212.09748); here the deviations depend on the input too. It is one reading
-    of KL-Norm, after earlier work of its authors on adaptive normalization (arXiv 2012.07252), whose equations are
+    FiLM (Perez et al. 2018, arXiv 1709.07871) and the adaptive layer norm of DiT (Peebles and Xie 2023, arXiv
+    2212.09748) also condition scale and shift on the input; here the deviations depend on it too. This is one reading
+    of KL-Norm, after earlier work of its authors on adaptive normalization (arXiv 2012.07252). Their equations are
     unverified here.
 
-    The KL divergence is the sum over features and the mean over the samples of the last forward in which the layer
-    sampled; of a layer that is called twice, of the second call. Until a backward has gone through that forward,
-    `klnorm.kl_divergence` is a part of its graph, with the gradients of conditions and x, and that graph stays alive.
-    Later the value is computed from that forward's conditions and the present parameters, and differentiating it
-    raises a RuntimeError where a gradient of the conditions would be missing. As the layer keeps the conditions,
-    torch.compile(fullgraph=True) takes it inside of a checkpoint only with
+    The KL divergence is summed over features and averaged over the samples of the last forward in which the layer
+    sampled. Until a backward goes through that forward, `klnorm.kl_divergence` is part of its graph, has gradients for
+    conditions and x, and keeps the graph alive. Later it is computed from that forward's conditions and the present
+    parameters; its backward then raises a RuntimeError if the gradient of the conditions would be missing. Because the
+    layer keeps the conditions, torch.compile(fullgraph=True) accepts it inside a checkpoint only with
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint.
 
     Args:
@@ -52,15 +51,14 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         condition: "self", or the width C of the tensor that the caller passes to every forward.
         rank: of U V, >= 1.
         eps, bias, device, dtype, noise, init_std, prior_std, generator, out_dtype: as for `KLLayerNorm`.
-        sample_dim: dimension of the input that counts samples, for conditions as for noise. For another one than 0 x
-            is read through a transposed copy, the output is a transposed view, and noise="token" numbers the rows
-            sample by sample.
+        sample_dim: dimension of the input that counts samples, for conditions and noise. If it is not 0, x is copied
+            transposed, the output is a transposed view, and noise="token" numbers the rows sample by sample.
 
     Shape:
-        Input (..., \*normalized_shape), fp16, bf16, fp32 or fp64, of 1 to 65535 samples with any number of rows; one of
-        exactly `normalized_shape` is a sample. Output the same, in the input's dtype or `out_dtype`; with a residual,
-        that and the sum. Backward saves x and no other tensor of its size; the parameters of the samples are 4 N
-        numbers for each, little where it has many rows.
+        Input (..., \*normalized_shape), fp16, bf16, fp32 or fp64, of 1 to 65535 samples with any number of rows; an
+        input of shape `normalized_shape` is one sample. Output: the same shape, in the input's dtype or `out_dtype`;
+        with a residual also the sum. Backward saves x and no other tensor of its size; each sample's parameters are 4 N
+        more numbers.
 
     Parameters:
         weight, bias, weight_rho, bias_rho: as for `KLLayerNorm`.
@@ -69,11 +67,11 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
     Buffers (persistent):
         weight_prior, bias_prior: as for `KLLayerNorm`, the same for all samples.
 
-    The state of an nn.LayerNorm or a KLLayerNorm loads as well and makes the layer equal to it: U becomes 0.
+    Loading the state of an nn.LayerNorm or KLLayerNorm sets U to 0: the layer then computes the same as that one.
 
     Raises:
-        TypeError, ValueError: as for `KLLayerNorm`; `condition`, `rank` or `mask` is not as described; `kl_divergence`
-            before a forward that samples, or where FSDP2 has sharded the parameters again after it.
+        TypeError, ValueError: as for `KLLayerNorm`; if `condition`, `rank` or `mask` is invalid; from `kl_divergence`
+            before a forward that samples, or after FSDP2 has sharded the parameters again.
 
     Example:
         >>> layer = klnorm.KLConditionalLayerNorm(8)
@@ -127,7 +125,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As of KLLayerNorm; and the low-rank part as in a new layer."""
+        """Reset as a KLLayerNorm does, and the low-rank part U, V to the values of a new layer."""
         super().reset_parameters()
         if "condition_up" in self._parameters:  # nn.LayerNorm's own constructor calls this before they exist
             for name, initialize in _LOW_RANK.items():
@@ -137,7 +135,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         return {**super()._initializers(), **_LOW_RANK}
 
     def _guard_shortcut(self):
-        compat.guard_shortcut(self, True)  # in evaluation, too, this layer is more than its weight and bias
+        compat.guard_shortcut(self, True)  # in evaluation mode too its output depends on more than weight and bias
 
     def forward(
         self,
@@ -146,16 +144,16 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         mask: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """y, like `x`: sampled in training mode, with the means of every sample in evaluation mode.
+        """Return y, like `x`: sampled in training mode, computed with each sample's means in evaluation mode.
 
-        With a residual (y, x + residual), as from KLLayerNorm; the conditions are those of the sum.
+        With a residual return (y, x + residual), as KLLayerNorm does; condition="self" then summarizes the sum.
 
         Args:
             x: (..., *normalized_shape).
             condition: for a layer with a width C, (samples, C), floating point, on the device of `x`.
-            mask: for condition="self", bool or integer, in the shape of `x` without its normalized dimensions: True, or
-                not 0, for the rows that the summary is a mean of, like an attention_mask of transformers; None: all.
-                The summary of a sample without such rows is 0. The other rows are normalized all the same.
+            mask: for condition="self", bool or integer, in the shape of `x` without its normalized dimensions, like an
+                attention_mask of transformers: True or nonzero for the rows that the summary averages; None: all. The
+                summary of a sample without such rows is 0. The layer normalizes the other rows too.
             residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), added to it.
         """
         inputs.check_input(x, self.normalized_shape)
@@ -196,7 +194,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         return y
 
     def _summary(self, samples, mask):
-        """Mean (samples, N) of the normalized rows of every sample, of those with a `mask` that is not 0."""
+        """Return the mean (samples, N) over each sample's normalized rows, those where `mask` is 0 left out."""
         leading = samples.dim() - len(self.normalized_shape)
         xhat = F.layer_norm(samples, self.normalized_shape, eps=self.eps)
         rows = xhat.unsqueeze(leading).flatten(1, leading).flatten(2)
@@ -208,11 +206,11 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         return rows.sum(1, dtype=accumulation_dtype(samples)) / count
 
     def _normalize_samples(self, samples, c, sampling, out_dtype=None):
-        """(y, kl) of samples (samples, ..., *normalized_shape) under the conditions c (samples, C)."""
+        """Return (y, kl) of `samples` (samples, ..., *normalized_shape) with the conditions c (samples, C)."""
         static = torch.stack([p.flatten() for p in super().posterior_parameters()]).to(c.dtype)
         low = F.linear(c, self.condition_down.to(c.dtype))
         each = torch.baddbmm(static[:, None], low.expand(len(static), -1, -1), self.condition_up.to(c.dtype))
-        # One sample's are passed like a KLLayerNorm's, so that its KL is the operator's own output as well, see LastKL.
+        # A single sample's parameters lose their group dimension: kl is then the operator's output, as LastKL needs.
         weight, weight_rho, *shift = (p.squeeze(0) for p in each.unflatten(2, self.normalized_shape))
         bias, bias_rho = shift or (None, None)
         parameters = Parameters(weight, bias, weight_rho, bias_rho, self.weight_prior, self.bias_prior)
@@ -223,7 +221,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         return y, kl
 
     def posterior_parameters(self) -> list[torch.Tensor]:
-        """The parameters of the posteriors: as of KLLayerNorm, then V and U."""
+        """Return the parameters of the posteriors: those of KLLayerNorm, then V and U."""
         return [*super().posterior_parameters(), self.condition_down, self.condition_up]
 
     def _kl_inputs(self):
@@ -234,7 +232,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         kl = None if last.compiled else super()._take_kl()
         if kl is not None:
             mean = kl.mean()
-            mean.of = kl  # held by who holds the mean, so that it can be taken again
+            mean.of = kl  # keeps kl alive as long as the mean, so that it can be taken again
             return mean
         c = last.recall()
         if is_sharded(self.weight):
@@ -246,7 +244,7 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
         return _Spent.apply(kl.mean()) if last.spent else kl.mean()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Also accept the state of an nn.LayerNorm or KLLayerNorm: the layer then equals that one."""
+        """Load the state of such a layer, or of an nn.LayerNorm or KLLayerNorm: the layer then computes the same."""
         if f"{prefix}weight" in state_dict and not any(f"{prefix}{name}" in state_dict for name in _LOW_RANK):
             assigned = state_dict[f"{prefix}weight"] if local_metadata.get("assign_to_params_buffers") else None
             device = getattr(assigned, "device", None)
@@ -268,23 +266,22 @@ class KLConditionalLayerNorm(KLNorm, nn.LayerNorm):
 
 
 class _LastCondition:
-    """The conditions of a layer's last forward that sampled. Copies and pickles of a layer start without.
+    """The conditions of a layer's last forward that sampled. Copies and pickles of a layer do not contain them.
 
-    What checkpointing repeats does not count. They are kept with their graph: a KL divergence in the same compiled
-    region needs it, where nothing else of the forward can be kept.
+    Repeats by checkpointing do not count. The conditions keep their graph, because a KL divergence in the same compiled
+    region needs it and can keep nothing else of the forward.
     """
 
     def __init__(self):
         self._condition = None
-        self.compiled = False  # by a forward under torch.compile
-        self.spent = False  # a KL divergence of them lacks their gradient
+        self.compiled = False  # whether a forward under torch.compile made them
+        self.spent = False  # whether a KL divergence computed from them would lack their gradient
 
     def remember(self, c):
-        """Keep c, (samples, C), and return what is kept."""
+        """Keep a copy of c, (samples, C)."""
         self.compiled = torch.compiler.is_compiling()
         self.spent = not torch.is_grad_enabled() or (c.requires_grad and not self.compiled)
         self._condition = None if compat.transforming() else c.clone()  # a transform's tensors do not outlive it
-        return self._condition
 
     def recall(self):
         if self._condition is None:
@@ -293,14 +290,14 @@ class _LastCondition:
                 "sampled for any, transforms of torch.func apart. Remedy: call the model in training mode, or inside "
                 "klnorm.sampling(model), before klnorm.kl_divergence(model)."
             )
-        return self._condition.clone()  # one of inference mode cannot be used in a graph
+        return self._condition.clone()  # autograd refuses a tensor of inference mode
 
     def __reduce__(self):
         return _LastCondition, ()
 
 
 class _Spent(torch.autograd.Function):
-    """A KL divergence of conditions whose graph is gone: to differentiate it must raise, as theirs would be missing."""
+    """Identity whose backward raises: for a KL divergence without the graph that its conditions came from."""
 
     @staticmethod
     def forward(ctx, kl):
@@ -317,14 +314,14 @@ class _Spent(torch.autograd.Function):
 
 
 def _without_autocast(device_type):
-    """Arithmetic is in fp32 under autocast too, which the meta device does not have."""
+    """Return a context that turns autocast off, so that arithmetic is in fp32; the meta device has no autocast."""
     if device_type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def _check_samples(samples, x):
-    if samples.shape[0] == 0:  # len() would make a constant of it in torch.export
+    if samples.shape[0] == 0:  # torch.export would make len() a constant
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected one sample or more: without any there is no mean of their KL "
             "divergences. Remedy: leave out empty batches."
@@ -341,7 +338,7 @@ def _check_absent(name, value, condition):
 
 
 def _check_mask(mask, x, n_normalized):
-    """Raise unless `mask` is None or says of every row of `x` whether it is real."""
+    """Raise unless `mask` is None or a bool or integer tensor with one value per row of `x`."""
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor):
@@ -362,7 +359,7 @@ def _check_mask(mask, x, n_normalized):
 
 
 def _check_condition(condition, shape, x):
-    """Raise unless `condition` is a floating-point tensor of that shape where `x` is."""
+    """Raise unless `condition` is a floating-point tensor of shape `shape` on the device of `x`."""
     if not isinstance(condition, torch.Tensor):
         raise TypeError(f"condition is a {type(condition).__name__}, expected a tensor (samples, C), here {shape}.")
     if not condition.is_floating_point():

@@ -1,4 +1,4 @@
-"""A norm becomes a KL layer in two steps: a twin of it is made, which may fail, and takes its place, which cannot."""
+"""Turns a norm into a KL layer in two steps: `make_twins`, which may raise, and `swap`, which does not."""
 
 import copy
 
@@ -9,9 +9,9 @@ _TENSORS = "_parameters", "_buffers"
 
 
 def make_twins(model, norms, chosen, options):
-    """For each of the candidates `chosen` a KL layer like it, with a posterior; `model` stays as it is.
+    """Return a KL layer with a posterior for each candidate in `chosen`, its twin; `model` stays as it is.
 
-    Layers that share their parameters without being one module share their posteriors too.
+    Different modules that share their parameters share their posteriors too.
     """
     owners = _owners(model)
     twins = []
@@ -36,7 +36,7 @@ def _twin(candidate, kl_class, options):
 
 
 def swap(module, twin):
-    """Turn `module` into what `twin` is; it stays the same object, as do its dictionaries of parameters and hooks."""
+    """Give `module` the class and state of `twin`; it keeps its identity and its dicts of tensors and hooks."""
     module.__class__ = type(twin)
     for key, value in vars(twin).items():
         if key in _TENSORS:
@@ -47,7 +47,7 @@ def swap(module, twin):
 
 
 def _owners(model):
-    """Posterior mean -> (name of its layer, the layer, the mean's name there), for the KL layers of `model`."""
+    """Return {posterior mean: (name of its layer, the layer, name of the mean)} for the KL layers of `model`."""
     owners = {}
     for name, layer in model.named_modules():
         if isinstance(layer, KLNorm):
@@ -62,8 +62,8 @@ def _means(layer):
 
 
 def _tie(name, twin, owners):
-    """Give `twin`, layer `name`, the posterior that its parameters have in another layer; raise where they cannot
-    have one posterior in both.
+    """If `twin`, layer `name`, shares its parameters with another layer, let it share that layer's posterior; raise
+    ValueError if the two layers cannot share one.
     """
     means = _means(twin)
     shared = {}
@@ -90,6 +90,6 @@ def _tie(name, twin, owners):
 
 
 def _reading(layer):
-    """What layers with one posterior have in common."""
+    """Return the properties that layers must have in common to share a posterior."""
     standard = [layer._standard(mean) for mean in _means(layer)]
     return type(layer).posterior_parameters, layer.posterior, layer.prior, layer.prior_std, standard

@@ -1,8 +1,8 @@
-"""Forward and backward in explicit PyTorch formulas: what the kernels compute, for tensors on the CPU.
+"""Forward and backward of the kernels in explicit PyTorch formulas, for tensors on the CPU.
 
-Same arguments and results as `klnorm.launch`. Backward regenerates the noise and saves nothing of the size of x but x.
-Groups of rows are worked through one after the other. The rows of a group are viewed as (outer, draws, inner, N), so
-that every draw's sample (draws, 1, N) broadcasts over its rows.
+Arguments and results are those of `klnorm.launch`. Backward regenerates the noise, so x is the only saved tensor of its
+size. A loop goes through the groups of rows. The rows of a group are viewed as (outer, draws, inner, N), so that the
+samples of all draws, (draws, 1, N), broadcast over their rows.
 """
 
 import torch
@@ -23,7 +23,7 @@ from .spec import Parameters
 
 
 def forward(x, residual, parameters, seed, spec):
-    """(y, sum, kl, statistics) of `Parameters` and a `Spec`; statistics (M, 2): mean and rstd, (M, 1) for RMSNorm."""
+    """Return (y, sum or None, kl, statistics); statistics are mean and rstd (M, 2), rstd alone (M, 1) for RMSNorm."""
     acc, rows = accumulation_dtype(x), spec.rows
     z = x if residual is None else residual_sum(x, residual).contiguous()
     posteriors = _by_group(acc, parameters, spec)
@@ -37,28 +37,29 @@ def forward(x, residual, parameters, seed, spec):
         centred = centred - statistics[0]
     statistics.append(reciprocal_root((centred**2).mean(1, keepdim=True) + spec.eps))
     xhat = centred * statistics[-1]
-    y = [_affine(xhat[part], posteriors[i], spec, _Noise(seed, rows, i)) for i, part in enumerate(_parts(rows))]
+    y = [_affine(xhat[part], posteriors[i], spec, _Noise(seed, rows, i)) for i, part in enumerate(_row_slices(rows))]
     y = y[0] if rows.groups == 1 else torch.stack(y, dim=1 if rows.per_head else 0)
     y = y.reshape(x.shape).to(spec.out_dtype)
-    # .data is no view, which autograd would not let anyone change in place, as nn.ReLU(inplace=True) does.
+    # .data is not a view. Autograd would forbid in-place changes of a view, as by nn.ReLU(inplace=True).
     return y.data, None if residual is None else z, kl, torch.cat(statistics, 1)
 
 
 def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
-    """(dx, dresidual, dweight, dbias, dweight_rho, dbias_rho), None where there is none, and dresidual like dx as well.
+    """Return (dx, dresidual, dweight, dbias, dweight_rho, dbias_rho), None for a gradient that does not exist.
 
-    `z` is what was normalized, x or its sum with the residual; `dy` and `dkl` may be None.
+    dresidual is also None if it equals dx. `z`: the normalized tensor, x or its sum with the residual; `dy`, `dsum` and
+    `dkl` may be None.
     """
     acc, rows = accumulation_dtype(z), spec.rows
     posteriors = _by_group(acc, parameters, spec)
-    sums = [_zero_sums(posterior) for posterior in posteriors]
+    sums = [(torch.zeros_like(posterior.weight),) * 4 for posterior in posteriors]  # kept if dy is None
     dz = None
     if dy is not None:
         xhat, rstd = z.reshape(-1, spec.n_cols).to(acc).contiguous(), statistics[:, -1:]
         xhat = (xhat if spec.kind == "rms" else xhat - statistics[:, :1]) * rstd
         g = dy.reshape(-1, spec.n_cols).to(acc).contiguous()
         dxhat = torch.empty_like(xhat)
-        for i, part in enumerate(_parts(rows)):
+        for i, part in enumerate(_row_slices(rows)):
             dxhat[part], sums[i] = _affine_backward(g[part], xhat[part], posteriors[i], spec, _Noise(seed, rows, i))
         along_xhat = (dxhat * xhat).mean(1, keepdim=True)
         along_one = 0 if spec.kind == "rms" else dxhat.mean(1, keepdim=True)
@@ -80,7 +81,7 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
 
 
 class _Noise:
-    """The noise of one group of rows: which draws they use, and where among all rows and draws they begin."""
+    """The noise of one group of rows: its draws, and the numbers of its first row and draw among all."""
 
     def __init__(self, seed, rows, group):
         self.seed, self.mode = seed, rows.noise
@@ -89,7 +90,7 @@ class _Noise:
 
 
 def _by_group(acc, parameters, spec):
-    """`Parameters` (N,) of every group in the accumulation dtype, the prior's numbers where it has no tensors."""
+    """Return the `Parameters` (N,) of each group, in the accumulation dtype; a prior mean may be a number."""
     groups = spec.rows.groups
     split = [[None] * groups if p is None else p.reshape(groups, -1).to(acc) for p in parameters[:4]]
     split += [
@@ -99,8 +100,8 @@ def _by_group(acc, parameters, spec):
     return [Parameters(*each) for each in zip(*split, strict=True)]
 
 
-def _parts(rows):
-    """The rows of every group."""
+def _row_slices(rows):
+    """Return the slices of rows that belong to each group."""
     if rows.per_head:
         return [slice(i, None, rows.groups) for i in range(rows.groups)]
     return [slice(i * rows.group_rows, (i + 1) * rows.group_rows) for i in range(rows.groups)]
@@ -117,7 +118,7 @@ def _kl(posterior, spec):
 
 
 def _affine(xhat, posterior, spec, noise):
-    """y (M, N) of a group's rows."""
+    """Return y (M, N) of a group's rows."""
     w, b, w_rho, b_rho, *_ = posterior
     rows = _by_draw(xhat, noise)
     eps = _shared_normals(noise, w, b)
@@ -130,7 +131,7 @@ def _affine(xhat, posterior, spec, noise):
 
 
 def _affine_backward(g, xhat, posterior, spec, noise):
-    """dxhat (M, N) of a group's rows, and the sums over them that are the gradients of (weight, s, bias, t)."""
+    """Return dxhat (M, N) of a group's rows, and the gradients (N,) of (weight, s, bias, t): sums over these rows."""
     w, b, w_rho, b_rho, *_ = posterior
     shape = xhat.shape
     xhat, g = _by_draw(xhat, noise), _by_draw(g, noise)
@@ -151,19 +152,15 @@ def _affine_backward(g, xhat, posterior, spec, noise):
     return dxhat.view(shape), (dw_by_draw.sum(0), ds, db_by_draw.sum(0), dt)
 
 
-def _zero_sums(posterior):
-    return (torch.zeros_like(posterior.weight),) * 4
-
-
 def _by_draw(rows, noise):
-    """(M, N) as (outer, draws, inner, N)."""
+    """View rows (M, N) as (outer, draws, inner, N)."""
     if not len(rows):
         return rows.view(1, 1, 0, rows.shape[1])
     return rows.view(-1, noise.draws, noise.inner, rows.shape[1])
 
 
 def _shared_normals(noise, w, b):
-    """Normals (1 or 2, draws, N) of scale and, if there is one, shift, from one call; None where no draw is shared."""
+    """Return normals (1 or 2, draws, N) for the scale and, if there is one, the shift; None if rows share no draw."""
     if noise.mode != "shared":
         return None
     streams, draws = 1 if b is None else 2, noise.draws
@@ -173,7 +170,7 @@ def _shared_normals(noise, w, b):
 
 
 def _sample(mean, rho, eps, stream):
-    """Scale or shift (draws, 1, N) of every draw; the mean (N,) where no draw is shared."""
+    """Return the scale or shift of each draw, (draws, 1, N); the mean (N,) if rows share no draw."""
     return mean if eps is None else (mean + softplus(rho) * eps[stream])[:, None]
 
 
@@ -184,13 +181,13 @@ def _merged_normals(noise, xhat):
 
 
 def _merged_variance(xhat, w_rho, b_rho):
-    """Variance of gamma * xhat + beta where the element has a draw of its own."""
+    """Return the variance of gamma * xhat + beta, for rows that each have their own draw."""
     variance = softplus(w_rho) ** 2 * xhat**2
     return variance if b_rho is None else variance + softplus(b_rho) ** 2
 
 
 def _parameter_gradients(posterior, spec, dw, ds, db, dt, dkl):
-    """(dweight, dbias, dweight_rho, dbias_rho) of a group, with the gradient of its KL divergence added."""
+    """Return (dweight, dbias, dweight_rho, dbias_rho) of a group, the gradient of its KL divergence included."""
     (w, b, w_rho, b_rho, w_prior, b_prior), prior_std = posterior, spec.prior.std
     if w_rho is None:
         if dkl is not None:
@@ -206,7 +203,7 @@ def _parameter_gradients(posterior, spec, dw, ds, db, dt, dkl):
 
 
 def _gaussian_gradients(mean, rho, prior, prior_std, dmean, dstd, dkl):
-    """(dmean, drho) from the gradients of mean and deviation, and of the KL divergence."""
+    """Return (dmean, drho), given the gradients of mean, deviation and KL divergence."""
     drho = dstd * torch.sigmoid(rho)
     if dkl is not None:
         s, slope = softplus(rho), torch.sigmoid(rho)

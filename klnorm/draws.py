@@ -1,4 +1,4 @@
-"""A model's outputs for one set of inputs, a draw of scale and shift after the other or many in one forward."""
+"""Runs a model on the same inputs for several draws of scale and shift: one draw per forward, or many."""
 
 import contextlib
 import functools
@@ -16,24 +16,24 @@ from .reference.kl_norm import draw_layout
 
 
 def can_sample(module):
-    """Whether it is a KL layer with deviations."""
+    """Whether `module` is a KL layer with posterior="sampled"."""
     return isinstance(module, KLNorm) and module.posterior == "sampled"
 
 
 def as_call(inputs):
-    """(positional, keyword) arguments of `inputs`: a tensor, a tuple or list of the former, a mapping of the latter."""
+    """Return (positional, keyword) arguments: `inputs` is a tensor, a tuple or list of positional ones or a mapping."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
 
 
 def batch_of(call):
-    """Length of dimension 0 of the first tensor that has one, None where there is none."""
+    """Return the length of dimension 0 of the first tensor that has dimensions; None without such a tensor."""
     return next((len(t) for t in tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim()), None)
 
 
 def outputs(model, call, samples, max_batch):
-    """Yield outputs (draws, ...), in fp32 or wider, of as many draws at once as `max_batch` inputs allow."""
+    """Yield outputs (draws, ...) in fp32 or wider: one draw at a time, or as many as fit into `max_batch` inputs."""
     if max_batch is None:
         for _ in range(samples):
             yield _output(model, call)[None]
@@ -72,7 +72,7 @@ def _output(model, call):
 
 
 def _repeat(tensor, batch, draws):
-    """(batch, ...) as (draws * batch, ...), one batch after the other; other tensors as they are."""
+    """Repeat a tensor (batch, ...) to (draws * batch, ...), draw by draw; return other tensors as they are."""
     if draws == 1 or tensor.shape[:1] != (batch,):
         return tensor
     return tensor.repeat(draws, *[1] * (tensor.dim() - 1))
@@ -80,10 +80,10 @@ def _repeat(tensor, batch, draws):
 
 @contextlib.contextmanager
 def _each_its_own_draw(model, inputs):
-    """Inside of it the KL layers of `model` raise, in this thread, where some of the `inputs` would share a draw."""
+    """Inside the block the KL layers of `model` raise, in this thread, if some of the `inputs` would share a draw."""
     thread, hooks = threading.get_ident(), []
 
-    def check(name, layer, arguments, keywords=None):  # None where another thread calls it half registered
+    def check(name, layer, arguments, keywords=None):  # None for a thread that sees the hook half registered
         if torch.compiler.is_compiling() or threading.get_ident() != thread:
             return
         x = next(iter((*arguments, *keywords.values())), None)
@@ -91,7 +91,7 @@ def _each_its_own_draw(model, inputs):
             _check_draws(name, layer, x, inputs)
 
     try:
-        with LOCK:  # two hooks that are registered at a time may get one name
+        with LOCK:  # two hooks registered at the same time may get the same id
             for name, module in model.named_modules():
                 if can_sample(module):
                     hook = functools.partial(check, name)

@@ -1,4 +1,4 @@
-"""Errors for a KL divergence that is not finite: at once, or a call later without waiting for the GPU."""
+"""Errors for a KL divergence that is not finite: raised at once, or in a later call without waiting for the GPU."""
 
 import math
 import weakref
@@ -12,16 +12,16 @@ _REMEDY = "Remedy: look for a diverged step or a bad checkpoint; a lower learnin
 
 
 def check_now(layers, total):
-    """Raise unless `total` is finite, naming the layer; on a GPU this waits for it."""
+    """Raise unless `total` is finite; the message names the layer. Waits for a GPU."""
     if not math.isfinite(total.item()):
         raise ValueError(_explain(layers))
 
 
 def check_later(model, layers, names, values):
-    """Raise for what an earlier call for `model` has sent, if it has arrived; else send `values`, unless some are under
-    way.
+    """Start copying `values` to the host; raise if the values of an earlier call have arrived and are not all finite.
 
-    `values` are the KL divergences of the layers `names`, and of all others together.
+    Does nothing while an earlier copy for `model` is under way. `values`: the KL divergences of the layers `names`,
+    then the sums over groups of other layers.
     """
     sent = _sent.get(model)
     if sent is not None and not sent.arrived():
@@ -29,31 +29,31 @@ def check_later(model, layers, names, values):
     _sent[model] = _Copy(names, values)
     bad = [] if sent is None else [(i, value) for i, value in enumerate(sent.values()) if not math.isfinite(value)]
     if bad:
-        del _sent[model]  # whoever goes on has mended it, or will see the next one
+        del _sent[model]  # a caller that goes on has repaired the model, or a later call raises again
         first, value = bad[0]
         if first < len(sent.names):
             of = f"layer {checks.named(sent.names[first])}"
         elif any(is_sharded(p) for layer in layers.values() for p in layer.parameters()):
-            of = "a sharded layer"  # which one only all ranks together can tell, and others may not be here yet
+            of = "a sharded layer"  # finding it needs all ranks, which need not be at this call
         else:
             raise ValueError(_explain(layers, "an earlier call found a KL divergence that was not finite; now "))
         raise ValueError(f"an earlier call found that the KL divergence of {of} was {value}. {_REMEDY}")
 
 
 def is_far(tensor):
-    """Whether reading a value makes the host wait for a device."""
+    """Whether the host has to wait for a device to read the value."""
     return tensor.is_cuda
 
 
 def recorded_event(device):
-    """An event that has passed when all is done that `device` has been given so far."""
+    """Return an event that completes after all work queued so far on the current stream of `device`."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event
 
 
 class _Copy:
-    """Numbers on their way to the host."""
+    """A copy of a tensor to the host that does not block."""
 
     def __init__(self, names, values):
         self.names = names

@@ -1,4 +1,4 @@
-"""Norm classes of other libraries: which norm a class computes, found by trying it out, and its KL layers."""
+"""Norm classes of other libraries: finds by trial which norm a class computes, and makes its KL layers."""
 
 import functools
 import inspect
@@ -20,13 +20,13 @@ _COMPUTE = {
     "LayerNorm": F.layer_norm,
     "RMSNorm": lambda x, shape, weight, bias, eps: F.rms_norm(x, shape, weight, eps),
 }
-# Have a weight and, some of them or of their subclasses, an eps, and are not worth a trial.
+# Classes that are known not to be these norms although they, or subclasses, have a weight and an eps: no trial needed.
 _OTHERS = nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd, nn.Linear, nn.Embedding
 
 
 class Convention(NamedTuple):
-    """How a class writes the norm `kind`, "LayerNorm" or "RMSNorm": y = (offset + weight) * xhat, + bias where there is
-    a shift; and the name of its attribute with eps. `answers`: see the function.
+    """How a class computes the norm `kind`, "LayerNorm" or "RMSNorm": y = (offset + weight) * xhat, plus bias if
+    `shift`. `eps_name`: its attribute that holds eps. `answers`: what the function `answers` returns.
     """
 
     kind: str
@@ -37,13 +37,13 @@ class Convention(NamedTuple):
 
 
 class KLForeignNorm(KLNorm):
-    """Base of the KL layers that klnorm makes of other classes than nn.LayerNorm and nn.RMSNorm.
+    """Base of the KL layers made from norm classes of other libraries.
 
-    Evaluation mode is the forward of the layer's own class. `weight`, `weight_rho` and `weight_prior` are in the units
-    of that class's weight: where it multiplies with 1 + weight, a scale of 1 is a weight and a weight_prior of 0.
+    In evaluation mode the layer runs the forward of the original class. `weight`, `weight_rho` and `weight_prior` are
+    in the units of that class's weight: if it multiplies by 1 + weight, a scale of 1 means weight = weight_prior = 0.
     """
 
-    kernel_layer_name = None  # by which the library `kernels` would put in a forward that does not sample
+    kernel_layer_name = None  # else the library `kernels` would replace the forward by one that does not sample
 
     def _remove_posterior(self):
         super()._remove_posterior()
@@ -67,7 +67,7 @@ class KLForeignNorm(KLNorm):
         return y if residual is None else (y, z)
 
     def _out_dtype(self, z):
-        """That in which the layer's own class answers, unless another one is asked for."""
+        """Return `out_dtype` if given, else the dtype that the original class returns for such an input."""
         if self.out_dtype is not None:
             return self.out_dtype
         return self._convention.answers.get(getattr(z, "dtype", None), {}).get(self.weight.dtype)
@@ -77,17 +77,17 @@ class KLForeignNorm(KLNorm):
         return float(self._convention.offset)
 
     def __reduce_ex__(self, protocol):
-        """Copies and pickles name the layer's own class, which can be imported, and not the one made at run time."""
+        """Copy and pickle by the original class, which can be imported; the KL class is made at run time."""
         _, _, *state = super().__reduce_ex__(protocol)
         return _blank, (type(self)._plain_class, self._convention), *state
 
 
 class KLForeignLayerNorm(KLForeignNorm):
-    """Of a class that computes LayerNorm, with or without a shift."""
+    """Base of KL layers made from a class that computes LayerNorm, with or without a shift."""
 
 
 class KLForeignRMSNorm(KLForeignNorm):
-    """Of a class that computes RMSNorm."""
+    """Base of KL layers made from a class that computes RMSNorm."""
 
     _is_rms = True
 
@@ -97,13 +97,13 @@ _NO_SHIFT = {"_means": ("weight",), "bias": None, "bias_rho": None, "bias_prior"
 
 
 def kl_class(plain_class, convention):
-    """The class of KL layers that stands for `plain_class`; restoring puts that back."""
+    """Return the KL class that replaces `plain_class`; restoring a layer sets its class back to `plain_class`."""
     return _kl_class(plain_class, convention.kind, convention.shift)
 
 
 @functools.cache
 def _kl_class(plain_class, kind, shift):
-    """A subclass, so that what asks for the own class or its name, as transformers' initialization does, finds it."""
+    """Make a subclass, so that checks of the class or of its name, as in transformers, still find the layer."""
     attributes = {"_plain_class": plain_class} | ({} if shift else _NO_SHIFT)
     return type(f"KL{plain_class.__name__}", (_BASES[kind], plain_class), attributes)
 
@@ -113,22 +113,22 @@ def _blank(plain_class, convention):
 
 
 def looks_like_norm(module):
-    """Whether `module` is built as a norm is: a scale `weight`, perhaps a shift `bias`, and an eps."""
+    """Whether `module` holds what a norm holds: `weight`, perhaps `bias`, an eps, and no other tensors or modules."""
     if isinstance(module, (torch.jit.ScriptModule, *_OTHERS)):
         return False
     parameters, buffers = _present(module._parameters), _present(module._buffers)
-    # weight_orig, weight_mask: of a pruned norm, which is one, if not one to replace
+    # weight_orig and weight_mask: a pruned norm counts; `check_convertible` refuses it with a message.
     more = parameters - {"weight", "bias", "weight_orig", "bias_orig"} or buffers - {"weight_mask", "bias_mask"}
     if more or _present(module._modules) - {"parametrizations"} or not _eps_names(module):
         return False
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return False
-    return weight.numel() >= 2 and weight.shape[0] != 1  # else broadcast over features, or over what is no feature
+    return weight.numel() >= 2 and weight.shape[0] != 1  # else the weight broadcasts
 
 
 def takes_x_alone(module):
-    """Whether the forward of the class of `module` has one argument."""
+    """Whether the forward of the class of `module` takes exactly one argument."""
     arguments = list(inspect.signature(type(module).forward).parameters.values())[1:]
     return len(arguments) == 1 and arguments[0].kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -150,7 +150,7 @@ def _may_be_eps(value):
 
 
 def convention(module):
-    """The `Convention` of a module with a weight and a forward of x alone; None where it computes something else."""
+    """Return the `Convention` of a module with a weight and a forward of x alone; None if it computes no such norm."""
     for eps_name in _eps_names(module):
         eps = getattr(module, eps_name)
         trial = try_out(module, eps)
@@ -165,7 +165,7 @@ def convention(module):
 
 
 def clashes(module):
-    """Names that the class of `module` or the module itself uses, and that a KL layer would use for something else."""
+    """Return the names that `module` or its class uses and that a KL layer would use for something else."""
     held = module._parameters, module._buffers, module._modules
     return sorted(_OURS & {*dir(type(module)), *vars(module), *(name for names in held for name in names)})
 
@@ -177,7 +177,7 @@ _OURS = {
 
 
 class Trial(NamedTuple):
-    """An input, a scale and a shift (None without), and the outputs of a class for them; None where it failed."""
+    """An input, scale and shift (or None), and the outputs of a class for them: None for a forward that raised."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -185,8 +185,8 @@ class Trial(NamedTuple):
     outputs: list
 
     def gave(self, expected):
-        """Whether all outputs are `expected`, to a few roundings in whatever order."""
-        # Relative to the row: a shift can cancel the rest. A failed comparison with NaN is False.
+        """Whether all outputs equal `expected` up to a few roundings, in any order of operations."""
+        # Relative to the row's maximum, because a shift can cancel its feature. Comparison with NaN is False.
         tolerance = 32 * torch.finfo(expected.dtype).eps * expected.abs().amax(-1, keepdim=True)
         return all(
             isinstance(y, torch.Tensor)
@@ -198,19 +198,19 @@ class Trial(NamedTuple):
 
 @torch.no_grad()
 def try_out(module, eps):
-    """The `Trial` of a module with a `weight` and perhaps a `bias`, in evaluation and in training mode.
+    """Return the `Trial` of a module with a `weight` and perhaps a `bias`, in evaluation and in training mode.
 
-    In fp32, and with parameters of known values: those of `module` may be on the meta device, and do not tell weight
-    from 1 + weight or abs(weight) where all are 0 or 1. Hooks, other parameters, buffers and child modules are left
-    out, so that a class that needs them fails.
+    The trial uses fp32 and parameters of its own: those of `module` may be on the meta device, and weights of 0 or 1
+    cannot tell weight from 1 + weight or abs(weight). It leaves out hooks, other parameters, buffers and child modules,
+    so a class that needs them fails.
     """
     shape, device = module.weight.shape, "cpu" if module.weight.is_meta else module.weight.device
     index = torch.arange(6 * shape.numel(), dtype=torch.float32, device=device).view(2, 3, *shape)
     feature = index[0, 0]
-    weight = 30 * (3 * feature).cos()  # of both signs, the first and the second feature's already
+    weight = 30 * (3 * feature).cos()  # of both signs, even for two features
     bias = 30 * (1 + 3 * feature).cos() if isinstance(getattr(module, "bias", None), torch.Tensor) else None
     x = index.sin() + 0.5  # not centred
-    x[:, 0] *= 1e4  # would be clamped
+    x[:, 0] *= 1e4  # shows whether the class clamps
     x[:, 1:] *= abs(eps or torch.finfo(x.dtype).eps) ** 0.5  # so small that eps shows
     x.flatten(2)[:, 2, 0] *= 1e3  # one feature that outweighs the others
     parameters = {name: nn.Parameter(p) for name, p in (("weight", weight), ("bias", bias)) if p is not None}
@@ -220,7 +220,7 @@ def try_out(module, eps):
 
 @torch.no_grad()
 def answers(module):
-    """dtype of the input -> dtype of the parameters -> dtype in which the class answers, of those that it takes."""
+    """Return {dtype of the input: {dtype of the parameters: dtype of the output}} of the combinations that work."""
     shape, device = module.weight.shape, "cpu" if module.weight.is_meta else module.weight.device
     names = [name for name in ("weight", "bias") if isinstance(getattr(module, name, None), torch.Tensor)]
     found = {dtype: {} for dtype in FLOATS}
@@ -241,5 +241,5 @@ def _forward(module, training, parameters, x):
     vars(blank)["training"] = training
     try:
         return type(module).forward(blank, x)
-    except Exception:  # of whatever kind: the class is not ours
+    except Exception:  # the code of another library may raise anything
         return None

@@ -1,4 +1,4 @@
-"""The functional forms: checks its arguments, lays out the draws, draws the seed."""
+"""The functional forms of the norms: check the arguments, lay out the draws, draw the seed and call `klnorm.ops`."""
 
 import math
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from .spec import Parameters, Prior, Rows, dtypes_of, make_spec
 
 
 class Settings(NamedTuple):
-    """What a layer is set to, and not learned; see `kl_layer_norm`. `kind`: "layer" or "rms".
+    """The arguments of a norm that are neither tensors nor learned; see `kl_layer_norm`. `kind`: "layer" or "rms".
 
-    The prior's means are those where no tensor gives them.
+    `weight_prior` and `bias_prior` apply where the call has no tensors of prior means.
     """
 
     kind: str
@@ -53,65 +53,65 @@ def kl_layer_norm(
     weight_offset: float = 0.0,
     per_head: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    r"""Layer normalization whose scale and shift are Gaussian, and their KL divergence from the prior.
+    r"""Layer normalization with Gaussian scale and shift; also returns their KL divergence from the prior.
 
     .. math::
         y = \gamma \hat x + \beta, \quad
         \gamma_j \sim N(\mathrm{weight}_j, \mathrm{softplus}(\mathrm{weight\_rho}_j)^2), \quad
         \beta_j \sim N(\mathrm{bias}_j, \mathrm{softplus}(\mathrm{bias\_rho}_j)^2)
 
-    with the biased variance in :math:`\hat x`, and
-    :math:`\mathrm{kl} = \sum_j \mathrm{KL}(\gamma_j \| N(\mathrm{weight\_prior}_j, \mathrm{prior\_std}^2))`,
-    the same for :math:`\beta` added. One reading of Kumar, Narang and Lall, "KL Regularized Normalization Framework for
-    Low Resource Tasks" (2022, arXiv 2212.11275), whose own equations are unverified here. Arithmetic in fp32 (fp64 for
-    fp64 `x`).
+    with the biased variance in :math:`\hat x`, and :math:`\mathrm{kl} = \sum_j \mathrm{KL}(\gamma_j \|
+    N(\mathrm{weight\_prior}_j, \mathrm{prior\_std}^2))` plus the same sum for :math:`\beta`. This is one reading of
+    Kumar, Narang and Lall, "KL Regularized Normalization Framework for Low Resource Tasks" (2022, arXiv 2212.11275).
+    Their own equations are unverified here. Arithmetic is in fp32 (fp64 for fp64 `x`).
 
-    Another reading is `posterior="deterministic"`: the normalized activation itself plays the noise, so that
-    :math:`y_j \sim N(\mathrm{bias}_j, \mathrm{weight}_j^2)`. y is LayerNorm's, there are no deviations, and
-    :math:`\mathrm{kl} = \sum_j \mathrm{KL}(N(\mathrm{bias}_j, \mathrm{weight}_j^2) \| N(\mathrm{bias\_prior}_j,
-    \mathrm{prior\_std}^2))`, where the logarithm takes :math:`\sqrt{\mathrm{weight}^2 + (\mathrm{prior\_std} /
-    1000)^2}` for :math:`|\mathrm{weight}|`, so that a weight of 0 costs log 1000 - 1/2 nats and not infinitely many.
+    Another reading is `posterior="deterministic"`: the normalized activation itself takes the place of the noise, so
+    that :math:`y_j \sim N(\mathrm{bias}_j, \mathrm{weight}_j^2)`. There are no deviations, y is the output of
+    LayerNorm, and :math:`\mathrm{kl} = \sum_j \mathrm{KL}(N(\mathrm{bias}_j, \mathrm{weight}_j^2) \|
+    N(\mathrm{bias\_prior}_j, \mathrm{prior\_std}^2))`. Its logarithm takes :math:`\sqrt{\mathrm{weight}^2 +
+    (\mathrm{prior\_std} / 1000)^2}` in place of :math:`|\mathrm{weight}|`, so that a weight of 0 costs log 1000 - 1/2
+    nats instead of infinity.
 
     Args:
-        x: (..., \*normalized_shape), floating point; read in place where rows of adjacent features have one stride,
-            through one copy otherwise. M rows of N features.
+        x: (..., \*normalized_shape), floating point: M rows of N features. Not copied if features are adjacent in
+            memory and all rows have one stride.
         normalized_shape: int or sequence of ints; N is their product.
-        weight: posterior mean of the scale, `normalized_shape`, any floating dtype. Or (G, \*normalized_shape), all
-            four parameters alike, where G divides M: row r then has the parameters of group r // (M / G).
+        weight: posterior mean of the scale, of shape `normalized_shape`, any floating dtype. Or all four parameters are
+            (G, \*normalized_shape), where G divides M: row r then has the parameters of group r // (M / G).
         bias: posterior mean of the shift, or None together with `bias_rho` for no shift.
         weight_rho: deviation of the scale before softplus, like `weight`; None in the deterministic reading.
-        bias_rho: deviation of the shift before softplus, likewise.
+        bias_rho: deviation of the shift before softplus, like `bias`; None in the deterministic reading.
         weight_prior: prior mean of the scale, a float or a tensor of `normalized_shape`; no gradient. Not used in the
             deterministic reading.
-        bias_prior: prior mean of the shift, likewise.
+        bias_prior: prior mean of the shift, a float or a tensor of `normalized_shape`; no gradient.
         prior_std: deviation of the prior, > 0.
         eps: added to the variance, >= 0.
-        noise: which rows share a draw of scale and shift: "batch" all of them, "sample" those of one index of
+        noise: which rows share a draw of scale and shift: "batch" all rows, "sample" rows with the same index in
             `sample_dim`, "token" none.
-        sample_dim: the dimension of `x` that counts samples; not a normalized one. Only for noise="sample".
-        sample: False uses the means: LayerNorm.
+        sample_dim: the dimension of `x` that counts samples; not a normalized one. Used for noise="sample" only.
+        sample: whether to sample; False uses the means, which is LayerNorm.
         seed: int64 tensor of one element on the device of `x`, all 64 bits used; drawn from torch's generator if None.
         generator: torch.Generator of the device of `x` to draw the seed from; torch's own if None.
         posterior: "sampled" or "deterministic".
-        residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), that is added to it
-            first, in one pass. What is normalized is the sum, rounded to the dtype of `residual`.
+        residual: None, or a tensor in the shape of `x`, of any floating dtype (fp64 if and only if `x` is). The sum of
+            both, rounded to the dtype of `residual`, is normalized, in one pass.
         out_dtype: floating dtype of y, to which it is rounded once; that of `x` if None.
-        weight_offset: the scale is `weight_offset` + weight: 1 where a checkpoint has weights around 0, as Gemma's.
-            `weight_prior` is in the units of `weight`, so around 0 as well then.
-        per_head: x is (..., H, \*normalized_shape), and parameters and prior means that are tensors are (H,
-            \*normalized_shape): every head has its own, and noise of its own. For norms of queries and keys.
+        weight_offset: the scale is `weight_offset` + weight. Use 1 for checkpoints with weights around 0, such as
+            Gemma's; `weight_prior`, in the units of `weight`, is then around 0 too.
+        per_head: for norms of queries and keys: x is (..., H, \*normalized_shape), parameters and tensors of prior
+            means are (H, \*normalized_shape), one per head. Heads share no noise.
 
     Returns:
         y, like `x` in shape and, unless `out_dtype` says otherwise, in dtype, contiguous; and kl in nats, fp32 (fp64
-        for fp64 `x`), a scalar, or (G,) where the parameters have groups, (H,) per head. With a residual (y, x +
-        residual, kl), the sum in the dtype of `residual`, contiguous. All differentiable once in reverse mode, by
-        torch.func too; torch.vmap runs one call for every index.
+        for fp64 `x`), a scalar; (G,) for parameters with groups, (H,) with `per_head`. With a residual (y, x +
+        residual, kl), the sum in the dtype of `residual`, contiguous. All are differentiable once in reverse mode, also
+        by torch.func; torch.vmap runs one call per index.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, layout, shape, device or range, whether the mode
-            uses it or not; the message says which, what came, what was expected and what to do. Numbers are any real
-            ones that are finite in fp32 (fp64 for fp64 `x`), flags are bools. Also for a `generator` where activation
-            checkpointing repeats the call, and on the CPU for a KL divergence that is not finite.
+        TypeError, ValueError: an argument has the wrong type, dtype, layout, shape, device or range, even if the mode
+            does not use it. Numbers have to be real and finite in fp32 (fp64 for fp64 `x`), flags have to be bools.
+            Also if activation checkpointing repeats a call with a `generator`, and on the CPU if the KL divergence is
+            not finite.
 
     Example:
         >>> x, weight, bias = torch.randn(4, 5, 8), torch.ones(8), torch.zeros(8)
@@ -157,14 +157,14 @@ def kl_rms_norm(
     weight_offset: float = 0.0,
     per_head: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    r"""RMS normalization whose scale and, if given, shift are Gaussian, and their KL divergence from the prior.
+    r"""RMS normalization with Gaussian scale and, if given, shift; also returns their KL divergence from the prior.
 
     :math:`y = \gamma \hat x` with :math:`\hat x = x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}}` (Zhang and Sennrich
     2019, arXiv 1910.07467), or :math:`y = \gamma \hat x + \beta`; everything else as in `kl_layer_norm`.
 
     Args:
         eps: added to the mean square, >= 0; the machine epsilon of fp32 (fp64 for fp64 `x`) if None, as in nn.RMSNorm.
-        bias, bias_rho: as for `kl_layer_norm`; None, together, for no shift. In the deterministic reading `bias` alone.
+        bias, bias_rho: as for `kl_layer_norm`; both None for no shift. The deterministic reading takes `bias` alone.
         x, normalized_shape, weight, weight_rho, weight_prior, bias_prior, prior_std, noise, sample_dim, sample, seed,
             generator, posterior, residual, out_dtype, weight_offset, per_head: as for `kl_layer_norm`.
 
@@ -189,7 +189,7 @@ def kl_rms_norm(
 
 
 def _check_and_normalize(x, residual, normalized_shape, parameters, priors, options, sample, seed, generator):
-    """What the functional forms return; looks at all that `normalize` does not, or for known calls not again."""
+    """Check what `normalize` does not check, or checks only once, and return the result of the functional form."""
     inputs.check_tensor("x", x)
     shape = checks.as_shape(normalized_shape)
     checks.check_flag("sample", sample)
@@ -198,7 +198,7 @@ def _check_and_normalize(x, residual, normalized_shape, parameters, priors, opti
     tensors = [prior.detach() if isinstance(prior, torch.Tensor) else None for prior in priors]
     numbers = [0.0 if isinstance(prior, torch.Tensor) else prior for prior in priors]
     parameters = Parameters(*parameters, *tensors)
-    settings = _plain((*options, *numbers), shape, x)  # for known calls too, among which True would pass for 1
+    settings = _as_settings((*options, *numbers), shape, x)  # in known calls too: as a key of `_known`, True equals 1
     for name, tensor in zip(Parameters._fields, parameters, strict=True):
         if isinstance(tensor, torch.Tensor):
             inputs.check_layout(name, tensor)
@@ -212,10 +212,10 @@ _KNOWN_CALLS = 4096
 
 
 def normalize(x, residual, shape, parameters, settings, sample, seed=None, generator=None):
-    """(y, sum or None, kl) without the check that the KL is finite, which a layer leaves to `klnorm.kl_divergence`.
+    """Return (y, sum or None, kl); does not check that the KL is finite, which layers leave to `klnorm.kl_divergence`.
 
-    On small inputs the host is what takes the time, so a call that differs in values alone from an earlier one is not
-    checked again.
+    A call that differs from an earlier one in values alone is not checked again: on small inputs the host's work takes
+    most of the time.
     """
     if compat.is_watched() or not (seed is None or compat.are_plain(seed)):
         return _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator)
@@ -224,7 +224,7 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
         kinds = [None if t is None else (type(t), t.shape, t.dtype, t.device, t.is_neg()) for t in tensors]
         call = settings, sample, shape, x.layout, residual is None or residual.layout, *kinds
         spec = _known.get(call)
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or nothing that can be looked up
+    except (AttributeError, RuntimeError, TypeError):  # not a tensor, a nested tensor, or an unhashable argument
         call = spec = None
     if spec is None:
         if call is None or not compat.are_plain(*tensors):
@@ -250,7 +250,7 @@ def normalize(x, residual, shape, parameters, settings, sample, seed=None, gener
 
 
 def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, generator):
-    """The same by the operators, which others have to see."""
+    """`normalize` through the operators, which tracing, transforms and dispatch modes see; checks every call."""
     prior, eps, rows = _check_call(x, residual, shape, parameters, settings, sample)
     seed = None if rows.noise == "none" else _seed_tensor(x, seed, generator)
     layout = rows.draws, rows.inner, rows.groups, rows.per_head
@@ -260,12 +260,12 @@ def _normalize_watched(x, residual, shape, parameters, settings, sample, seed, g
 
 
 def _kl_by_group(kl, parameters, shape):
-    """(1,) of one group of parameters (1, *shape); as it is for several, and for none."""
+    """Return kl with shape (1,) if parameters are (1, *shape), a single group; otherwise unchanged."""
     return kl if kl.dim() or parameters.weight.dim() == len(shape) else kl.reshape(1)
 
 
-def _plain(settings, shape, x):
-    """`settings`, if valid, as `Settings` with plain numbers, which the arithmetic on `x` can hold."""
+def _as_settings(settings, shape, x):
+    """Check `settings`; return them as `Settings` with numbers as int or float, finite in the arithmetic on `x`."""
     kind, posterior, noise, sample_dim, prior_std, eps, out_dtype, weight_offset, per_head, *values = settings
     checks.check_posterior(posterior)
     checks.check_noise(noise)
@@ -292,9 +292,9 @@ def _plain(settings, shape, x):
 
 
 def _check_call(x, residual, shape, parameters, settings, sample):
-    """Raise unless the arguments of a call fit each other; return (`Prior`, eps, `Rows`)."""
+    """Check that the arguments of a call fit together; return (`Prior`, eps, `Rows`)."""
     inputs.check_input(x, shape)
-    kind, posterior, noise, sample_dim, prior_std, eps, _, _, per_head, *values = _plain(settings, shape, x)
+    kind, posterior, noise, sample_dim, prior_std, eps, _, _, per_head, *values = _as_settings(settings, shape, x)
     *posteriors, weight_prior, bias_prior = parameters
     inputs.check_residual(residual, x)
     if kind == "rms" and eps is None:
@@ -317,16 +317,16 @@ def _check_call(x, residual, shape, parameters, settings, sample):
 
 
 def _seed_tensor(x, seed, generator):
-    """The caller's seed (1,), or one drawn from torch's generator by a kernel of its own."""
+    """Return the caller's seed as (1,), or one that an operator of torch draws from `generator`."""
     if seed is not None:
         return seed.reshape(1)
     inputs.check_drawn_from(generator, x)
-    # With generator=, though it be None, this is the overload that inductor leaves to torch: eager's seeds.
+    # The keyword generator=, even None, selects the overload that inductor leaves to torch: the same seeds as eager.
     return torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
 
 
 def _check_finite(kl, parameters):
-    """Raise for a KL divergence that is not finite, where looking at it costs nothing."""
+    """Raise for a KL divergence that is not finite if reading it does not wait for a device: on the CPU."""
     if kl.device.type == "cpu" and compat.is_readable(kl) and not kl.detach().isfinite().all():
         raise ValueError(
             f"the KL divergence is {kl.tolist()}: {checks.describe_not_finite(parameters._asdict().items())}. "

@@ -1,11 +1,11 @@
-"""What a caller may get wrong in the tensors of a call; messages as in `klnorm.checks`."""
+"""Checks of the tensors of a call; messages as in `klnorm.checks`."""
 
 import torch
 
 from . import checks, compat
 
-_MAX_ROWS = 1 << 32  # the draw is a 32-bit word of the counter
-_MAX_GROUPS = 65535  # the second dimension of a CUDA grid
+_MAX_ROWS = 1 << 32  # the number of a draw is a 32-bit word of the noise's counter
+_MAX_GROUPS = 65535  # the largest second dimension of a CUDA grid
 
 
 def check_tensor(name, value):
@@ -48,7 +48,7 @@ def check_input(x, shape):
 
 
 def check_layout(name, tensor):
-    """Raise unless `tensor` is a dense one."""
+    """Raise unless `tensor` is dense and strided."""
     if tensor.is_nested:
         raise TypeError(f"{name} is a nested tensor, expected a dense one. Remedy: {name}.to_padded_tensor(0.0).")
     if tensor.layout != torch.strided:
@@ -56,13 +56,13 @@ def check_layout(name, tensor):
 
 
 def check_device(name, tensor, x):
-    """Raise unless `tensor` is where `x` is."""
+    """Raise unless `tensor` is on the device of `x`."""
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is. Remedy: {name}.to(x.device).")
 
 
 def shape_of_heads(x, shape):
-    """(H, *shape) of an `x` (..., H, *shape); raise where it has no dimension of heads."""
+    """Return (H, *shape) of an `x` (..., H, *shape); raise if `x` has no dimension of heads."""
     if x.dim() == len(shape):
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected (..., heads, {', '.join(map(str, shape))}): per_head=True is for "
@@ -72,9 +72,9 @@ def shape_of_heads(x, shape):
 
 
 def check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior="sampled", per_head=False):
-    """Raise unless the posterior's parameters fit each other and `x`; return the number of groups, None without.
+    """Raise unless the posterior's parameters fit each other and `x`; return the number of groups or heads, else None.
 
-    `shape`: of one group, or, `per_head`, of all heads.
+    `shape`: that of one group, or with `per_head` that of all heads.
     """
     if posterior == "deterministic":
         for name, rho in ("weight_rho", weight_rho), ("bias_rho", bias_rho):
@@ -110,7 +110,7 @@ def check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior="sa
 
 
 def check_groups(rows):
-    """Raise unless the groups are of equal size, and do not cut the samples that draws of noise belong to."""
+    """Raise unless groups have equal sizes and hold whole samples, or samples hold whole groups."""
     groups, n_rows = rows.groups, rows.n_rows
     if not 1 <= groups <= _MAX_GROUPS:
         name = "heads" if rows.per_head else "groups"
@@ -128,7 +128,7 @@ def check_groups(rows):
 
 
 def check_residual(residual, x):
-    """Raise unless `residual` is None or a tensor like `x`, of any floating dtype, but fp64 only together."""
+    """Raise unless `residual` is None or a tensor like `x`, of any floating dtype; fp64 if and only if `x` is."""
     if residual is None:
         return
     if not isinstance(residual, torch.Tensor):
@@ -147,13 +147,13 @@ def check_residual(residual, x):
 
 
 def check_prior(name, prior, x, shape, per_head=False):
-    """Raise unless `prior` is None or a tensor like the parameter that it is the prior mean of."""
+    """Raise unless `prior` is None or a tensor like the parameter whose prior mean it is."""
     if prior is not None:
         _check_like(name, prior, x, shape, per_head)
 
 
 def resolve_sample_dim(x, n_normalized, sample_dim):
-    """`sample_dim` as a non-negative dimension of `x` before `n_normalized` others, heads counted; else raise."""
+    """Return `sample_dim` counted from 0; raise unless it comes before the last `n_normalized` dimensions of `x`."""
     leading = x.dim() - n_normalized
     if leading == 0:
         return 0
@@ -194,7 +194,7 @@ def check_generator(generator, x):
 
 
 def check_drawn_from(generator, x):
-    """Raise unless a seed for `x` can be drawn from `generator`: not in a forward that is a repeat."""
+    """Raise unless a seed for `x` can be drawn from `generator`: not if checkpointing repeats the forward."""
     check_generator(generator, x)
     if generator is not None and compat.in_backward():
         raise ValueError(
@@ -205,7 +205,7 @@ def check_drawn_from(generator, x):
 
 
 def check_rows(n_rows):
-    """Raise for more rows than the noise can tell apart."""
+    """Raise if there are more rows than numbers of draws."""
     if n_rows > _MAX_ROWS:
         raise ValueError(f"x has {n_rows} rows, expected at most 2^32. Remedy: split x.")
 

@@ -1,4 +1,4 @@
-"""The KL divergence of a model: once per layer, from its last forward where that is still there."""
+"""The KL divergence of a model: taken from each layer's last forward if possible, else computed."""
 
 import functools
 import weakref
@@ -11,11 +11,11 @@ from .compat import is_sharded, whole
 
 
 class LastKL:
-    """The KL tensor of a layer's last forward, held until somebody takes it.
+    """Holds the KL tensor of a layer's last forward until it is taken.
 
-    Holding it keeps the graph of that forward alive, back to the model's input. So it is let go of as early as can be:
-    by `take`, after which whoever took it holds the graph, by a backward through the forward, by the layer's next
-    forward and its `eval()`. Copies and pickles of a layer start without.
+    The tensor keeps the graph of that forward alive, back to the model's input. It is therefore released as early as
+    possible: by `take`, after which only the caller holds the graph; by a backward through the forward; by the layer's
+    next forward; and by its `eval()`. Copies and pickles of a layer do not contain it.
     """
 
     def __init__(self):
@@ -27,18 +27,18 @@ class LastKL:
         self._repeated = False
 
     def remember(self, kl, inputs, prior_std):
-        """Hold `kl`, an output of a Function of `klnorm.ops`, computed from `inputs`, outside of torch.compile."""
+        """Hold `kl`, an output of a Function of `klnorm.ops` computed from `inputs`. Not for torch.compile."""
         node = kl.grad_fn
         if node is None or compat.transforming():
             return
-        node.last_kl = self._self  # weakly, as this holds the node
+        node.last_kl = self._self  # a weak reference, because `self` holds the node
         self._kl, self._prior_std, self._repeated = kl, prior_std, compat.in_backward()
         self._inputs, self._states = inputs, _states(inputs)
 
     def take(self, inputs, prior_std):
-        """The KL tensor, or None where its graph is gone or spent, or the inputs have changed since.
+        """Return the KL tensor; None if its graph is gone or used up, or if the inputs have changed since.
 
-        The caller has to hold it from now on. It can be taken again for as long as somebody does.
+        From now on the caller has to hold the tensor. It can be taken again as long as someone holds it.
         """
         kl = self._kl if self._taken is None else self._taken()
         if kl is None or kl.grad_fn.consumed or prior_std != self._prior_std:
@@ -50,7 +50,7 @@ class LastKL:
         return kl
 
     def release(self, node):
-        """A backward goes through `node`: its graph is spent, and of what a checkpoint has repeated for it no use."""
+        """Forget the KL tensor if it is of `node`, which a backward goes through, or of a repeat by checkpointing."""
         if self._repeated or (self._kl is not None and self._kl.grad_fn is node):
             self.forget()
 
@@ -59,36 +59,36 @@ class LastKL:
 
 
 def _states(tensors):
-    """What changes with tensors, their values or their part in autograd; not a change in place through `.data`."""
+    """Return numbers that show a change of value or of requires_grad, unless made in place through `.data`."""
     return [(t._version, t.requires_grad, t.data_ptr()) for t in tensors if t is not None]
 
 
 def kl_divergence(model: nn.Module, *, check_finite: bool | None = None) -> torch.Tensor:
-    """KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
+    """Return the KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
-    Taken from each layer's last forward in training mode where that is still at hand, at the cost of two small kernels
-    for the whole model; computed from the parameters, in some twenty, of the layers where it is not: without such a
-    forward, or after a `backward()` through it, a change of the parameters, or `eval()`; and under torch.compile. The
-    value and the gradient are the same. Add it to the loss and call backward once, as it shares the outputs' graph.
+    Each layer's divergence is taken from its last forward in training mode; that costs two small kernels for the whole
+    model. It is computed from the parameters, in about twenty kernels, without such a forward; after a `backward()`
+    through it, a change of the parameters or `eval()`; and under torch.compile. Value and gradient are the same in both
+    cases. Add the result to the loss and call backward once: it shares the graph of the outputs.
 
-    A layer holds its last forward's divergence, and with it the graph of that forward, until `kl_divergence` takes it;
-    from then on the result alone holds the graph. Where nobody asks for it a backward through the forward, the layer's
-    next forward or `eval()` lets go of it.
+    A layer holds the divergence of its last forward, and with it the graph of that forward, until `kl_divergence` takes
+    it. From then on only the result holds the graph. If nothing takes it, a backward through the forward, the layer's
+    next forward or `eval()` releases it.
 
-    It counts the layers of `kl_layers(model)`; a KLConditionalLayerNorm, in which every sample has a posterior, with
-    the mean over the samples of its last forward, see there.
+    The sum is over the layers of `kl_layers(model)`. A KLConditionalLayerNorm, which has one posterior per sample,
+    contributes the mean over the samples of its last forward.
 
-    Of a model sharded by FSDP2 it is the whole value on every rank, at the cost of one all-reduce: every rank has to
-    call it, after the forward. It is taken of the sharded parameters, in fp32 under a mixed precision policy too; but
-    of the cast ones where those outlast the forward (the root's own; reshard_after_forward=False). A group with KL
-    layers and a number for reshard_after_forward gets no gradient of it. Neither happens to KL layers in a group of
-    their own: ``fully_shard(list(klnorm.kl_layers(model).values()))`` before the rest.
+    If FSDP2 shards the model, every rank has to call this after the forward and gets the whole value, at the cost of
+    one all-reduce. It is computed from the sharded parameters, in fp32 even under a mixed precision policy; but from
+    the cast ones if those outlast the forward (the root's own; reshard_after_forward=False). A group with KL layers and
+    a number for reshard_after_forward gets no gradient of it. Neither happens to KL layers in a group of their own:
+    ``fully_shard(list(klnorm.kl_layers(model).values()))`` before the rest.
 
     Args:
         model: any nn.Module.
-        check_finite: whether to raise for NaN or infinity, naming the layer. None: yes, but without waiting for a GPU:
-            what a call finds there is looked at in a later call for the same `model`, when it has arrived. True: at
-            once, which waits for the GPU. False: no. Left out under torch.compile, the transforms of torch.func and
+        check_finite: whether to raise for NaN or infinity, naming the layer. None: yes, but a value on a GPU is checked
+            in a later call for the same `model`, when it has reached the host, so that no call waits. True: at once,
+            which waits for the GPU. False: no. There is no check under torch.compile, the transforms of torch.func and
             CUDA graph capture.
 
     Returns:
@@ -97,8 +97,8 @@ def kl_divergence(model: nn.Module, *, check_finite: bool | None = None) -> torc
     Raises:
         TypeError: `model` is not an nn.Module.
         ValueError: the divergence of a layer is not finite; a KLConditionalLayerNorm has not sampled yet; a layer is
-            offloaded by accelerate, or on the meta device while others are not; a layer in training mode does not
-            sample, for a forward that another library put into it.
+            offloaded by accelerate, or on the meta device while others are not; another library has replaced the
+            forward of a layer in training mode by one that does not sample.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
@@ -126,17 +126,17 @@ def kl_divergence(model: nn.Module, *, check_finite: bool | None = None) -> torc
 
 
 def _take_all(layers):
-    """({name: KL divergence} of the layers whose last forward is at hand, the terms of all others)."""
+    """Return ({name: KL divergence} of the layers whose last forward has it, the `kl_terms` of all others)."""
     taken, others = {}, []
     for name, layer in layers.items():
-        covered = compat.has_forward_of_its_own(layer)
-        if covered:
+        overridden = compat.overrides_forward(layer)
+        if overridden:
             compat.check_not_offloaded(name, layer)
         kl = layer._take_kl()
-        if kl is not None:  # so its own forward ran
+        if kl is not None:  # its own forward ran, so it needs no further check
             taken[name] = kl
             continue
-        if covered:
+        if overridden:
             compat.check_samples(name, layer)
         others += layer.kl_terms()
     if others:
@@ -145,9 +145,9 @@ def _take_all(layers):
 
 
 class _Total(torch.autograd.Function):
-    """(the sum of scalars, the scalars in one tensor), one node, whose backward hands each the same cotangent.
+    """Returns (the sum of scalars, the scalars in one tensor), as a single node of the graph.
 
-    While its graph lives it holds the scalars, so that they can be taken again.
+    The node holds the scalars as long as its graph lives, so that they can be taken again.
     """
 
     @staticmethod
@@ -165,14 +165,14 @@ class _Total(torch.autograd.Function):
 
 
 def kl_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The KL layers of `model` that take part in its forward, by qualified name.
+    """Return the KL layers of `model` that take part in its forward, by qualified name.
 
-    A layer that is used or registered more than once is there once, under its first name. Where PEFT keeps a copy of a
-    layer for every adapter (modules_to_save, LN tuning), the active adapter's is there alone, and the original while
-    adapters are disabled.
+    A layer that is used or registered more than once appears once, under its first name. If PEFT keeps a copy of a
+    layer for every adapter (modules_to_save, LN tuning), only the active adapter's copy appears; while adapters are
+    disabled, only the original.
 
     Args:
-        model: any nn.Module, a KL layer itself included, whose name is then "".
+        model: any nn.Module; a KL layer itself has the name "".
 
     Returns:
         dict: qualified name -> layer, in the order of `named_modules()`.
@@ -192,13 +192,13 @@ def kl_layers(model: nn.Module) -> dict[str, nn.Module]:
             posterior = module.posterior_parameters()
             key = tuple(map(id, posterior))
             if key not in posteriors:
-                posteriors[key] = posterior  # held, as a parametrized one is made anew and its id would be free again
+                posteriors[key] = posterior  # keeps the id of a parametrized weight, new at each access, from reuse
                 layers[name] = module
     return layers
 
 
 def some_kl_layers(model, why):
-    """`kl_layers(model)`; raise where there are none, `why` saying what that would mean."""
+    """Return `kl_layers(model)`; raise ValueError if there are none, with the consequence `why` in the message."""
     layers = kl_layers(model)
     if not layers:
         raise ValueError(
@@ -209,11 +209,11 @@ def some_kl_layers(model, why):
 
 
 def _is_kl_layer(module):
-    return hasattr(type(module), "posterior_parameters")  # an instance may be a wrapper that passes attributes through
+    return hasattr(type(module), "posterior_parameters")  # of the type: a wrapper's instance may forward attributes
 
 
 def _modules_in_use(model):
-    """`named_modules()`, less the copies that PEFT keeps of a layer and does not use."""
+    """Yield `named_modules()` without the copies of a layer that PEFT keeps but does not use."""
     seen, ahead = set(), [("", model)]
     while ahead:
         name, module = ahead.pop()
@@ -228,9 +228,10 @@ def _modules_in_use(model):
 
 
 def closed_form(terms):
-    """The sum of KL divergences, in few scalars: one of all that are computed alike; of sharded ones a DTensor.
+    """Return scalars whose sum is the sum of the `terms`: one for all terms that are computed together.
 
-    A term is (divergence, its parameters, prior mean, prior deviation), a divergence a function of these by element.
+    A term is (divergence, its parameters, prior mean, prior deviation); `divergence` is a function of the others by
+    element. The scalar of sharded parameters is a DTensor.
     """
     alike = {}
     for divergence, parameters, prior, prior_std in terms:
@@ -249,7 +250,7 @@ def closed_form(terms):
 
 
 def _sum_alike(divergence, parameters, priors, prior_std):
-    """The sum over all elements; `parameters`: for every argument of `divergence` the tensors of all terms."""
+    """Return the sum over all elements; `parameters`: for each argument of `divergence` the tensors of all terms."""
     mean = parameters[0][0]
     if is_sharded(mean):
         total = functools.partial(_sum_alike, divergence, prior_std=prior_std)

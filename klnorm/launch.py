@@ -1,8 +1,8 @@
-"""Allocates outputs, chooses tiles and grids, and launches the kernels. Knows no autograd.
+"""Allocates outputs, chooses tiles and grids, and launches the kernels; autograd is in `klnorm.ops`.
 
-Same arguments and results as `klnorm.cpu`. Forward launches one kernel, backward two; either one more where parameters
-are prepared, and backward another for wide rows. What a launch takes beside its tensors is worked out once for every
-shape, as on small inputs the host is what takes the time.
+Arguments and results are those of `klnorm.cpu`. Forward launches one kernel and backward two. Preparing parameters
+takes one more in both, wide rows one more in backward. The launch arguments that are not tensors are computed once for
+every shape, because on small inputs the host's work takes most of the time.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from .kernels.wide import dx_wide_kernel, forward_wide_kernel, sums_wide_kernel
 from .spec import Parameters, dtypes_of, empty_like
 from .versions import reaches
 
-# Versions whose compiled kernels can be launched directly, as was tried out; see `Call.launch`.
+# Versions of Triton with which direct launches of compiled kernels were tried and work; see `Call.launch`.
 _DIRECT = reaches(triton.__version__, (3, 6)) and not reaches(triton.__version__, (3, 8))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """What a launch needs to know of a device. `fast`: the noise may use NVIDIA's own instructions."""
+    """Properties of a device that a launch needs. `fast`: whether the noise may use NVIDIA's own instructions."""
 
     device: torch.device
     multiprocessors: int
@@ -40,11 +40,10 @@ class Target:
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """A kernel with everything that its launches take but tensors and seed, which are its first arguments.
+    """A kernel with all arguments of its launches except tensors and seed, which come first.
 
-    `device` is where the tensors are, `dtypes` tells what they are, and which of them there are; `grid`: programs,
-    groups and, where rows are in pieces, these; `numbers`: the arguments after the tensors; `constants`: the others, by
-    name.
+    `device`: of the tensors; `dtypes`: their dtypes, and which of them are None; `grid`: programs, groups and, if rows
+    are read in pieces, pieces; `numbers`: the arguments after the tensors; `constants`: compile-time arguments by name.
     """
 
     kernel: object
@@ -65,15 +64,15 @@ class Call:
 
     @property
     def options(self):
-        """Of the compiler; fused multiply-adds explicitly, since Triton's default for them changes with its version."""
+        """Return compiler options; fused multiply-adds are explicit: their default differs between Triton versions."""
         return {"num_warps": self.num_warps, "enable_fp_fusion": True}
 
     def launch(self, inputs, parameters, seed, outputs):
-        """Launch with new `outputs`, which may lie in tuples, and a seed that is an int, a tensor or None.
+        """Launch with new memory for `outputs`, tensors or tuples of them, and a seed that is an int, a tensor or None.
 
-        Triton examines every argument of every launch, constants too, which takes longer than all else here. So what
-        it has compiled is kept, whatever the numbers, and launched directly where nothing differs that another kernel
-        could be needed for: the kind of the seed, and which tensors are aligned to 16 bytes, as new memory always is.
+        Triton examines every argument of every launch, constants too, which takes longer than everything else here. A
+        compiled kernel is therefore kept and launched directly when the same kernel applies: the same type of seed and
+        the same tensors aligned to 16 bytes, as new memory always is.
         """
         if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
@@ -88,7 +87,7 @@ class Call:
         return launcher(*pointers, of_parameters, seed, *_pointers(outputs), *self._rest)
 
     def _launcher(self, kind):
-        """The launcher of this grid, of a kernel that a call of other sizes may have had compiled."""
+        """Return the launcher of the compiled kernel for this grid; None if no call has compiled it for `kind` yet."""
         compiled = self._compiled.get(kind)
         if compiled is not None:
             self._launchers[kind] = compiled[(*self.grid, 1)[:3]]
@@ -102,19 +101,19 @@ class Call:
 
 @functools.lru_cache(4096)
 def _compiled(kernel, device, dtypes, widths, constants, num_warps):
-    """What Triton has compiled for launches that agree in these: kind, see `Call.launch` -> compiled kernel."""
+    """Return the compiled kernels {kind: kernel} that all calls with these arguments share; see `Call.launch`."""
     return {}
 
 
 def _pointers(tensors):
-    """Their addresses as Triton's launcher takes them, tuples in the place of tuples, 0 for None."""
+    """Return the addresses of tensors as Triton's launcher takes them: nested like the tensors, 0 for None."""
     return tuple([0 if t is None else _pointers(t) if type(t) is tuple else t.data_ptr() for t in tensors])
 
 
 def _is_observed(kernel):
-    """Whether Triton has to make every launch itself, for what somebody wants to see of it: debugging, instrumentation.
+    """Whether debugging or instrumentation is on, for which Triton itself has to make every launch.
 
-    Its hooks before and after launches are called all the same.
+    Direct launches call Triton's hooks before and after launches, too.
     """
     runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
     return (
@@ -123,7 +122,7 @@ def _is_observed(kernel):
 
 
 def forward(x, residual, parameters, seed, spec):
-    """(y, sum, kl, statistics) of `Parameters` and a `Spec`; statistics (M, 2): mean and rstd, (M, 1) for RMSNorm."""
+    """Return (y, sum or None, kl, statistics); statistics are mean and rstd (M, 2), rstd alone (M, 1) for RMSNorm."""
     operands, vec, strides = _access(spec.n_cols, (x, residual))
     plan = forward_plan(spec, _target(x.device), vec, strides)
     parameters = _contiguous(parameters)
@@ -136,10 +135,11 @@ def forward(x, residual, parameters, seed, spec):
 
 
 def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
-    """(dx, dresidual, dweight, dbias, dweight_rho, dbias_rho), None where there is none, and dresidual like dx as well.
+    """Return (dx, dresidual, dweight, dbias, dweight_rho, dbias_rho), None for a gradient that does not exist.
 
-    `z` is what was normalized, x or its sum with the residual; `dy` and `dkl` may be None. Scratch of the call: partial
-    sums, 16 bytes a feature and program, see `tuning.backward_programs`; what is prepared, 8 bytes a feature and draw.
+    dresidual is also None if it equals dx. `z`: the normalized tensor, x or its sum with the residual; `dy`, `dsum` and
+    `dkl` may be None. Scratch memory: 16 bytes per feature and program for partial sums, see
+    `tuning.backward_programs`; 8 bytes per feature and draw for prepared parameters.
     """
     operands, vec, strides = _access(spec.n_cols, (z, dy, dsum) if dy is not None else (None,) * 3)
     plan = backward_plan(spec, _target(z.device), dtypes_of(dy, dsum, dkl), vec, strides)
@@ -162,7 +162,7 @@ def backward(dy, dsum, dkl, z, parameters, seed, statistics, spec):
 
 
 def _prepared(plan, parameters, seed, like):
-    """What rows need of the parameters; None where every program makes it itself."""
+    """Launch the preparation of the parameters and return its output; None if every program prepares its own."""
     if plan.prepare is None:
         return None
     prepared = like.new_empty(plan.prepared)
@@ -171,9 +171,9 @@ def _prepared(plan, parameters, seed, like):
 
 
 class ForwardPlan(NamedTuple):
-    """The launches of a forward, `prepare` None where rows prepare parameters themselves, and shapes of tensors.
+    """The launches of a forward and the shapes of its tensors; `prepare` is None if each program prepares parameters.
 
-    `dtype`: of statistics, KL and what is prepared.
+    `dtype`: of statistics, KL and prepared parameters.
     """
 
     prepare: Call | None
@@ -185,9 +185,9 @@ class ForwardPlan(NamedTuple):
 
 
 class BackwardPlan(NamedTuple):
-    """The launches of a backward, None where there is nothing to do for them; shapes of the scratch tensors.
+    """The launches of a backward, None if not needed, and the shapes of its scratch tensors.
 
-    `sums`: of wide rows, whose column sums are a launch of their own.
+    `sums`: the separate launch for the column sums of wide rows.
     """
 
     prepare: Call | None
@@ -200,7 +200,7 @@ class BackwardPlan(NamedTuple):
 
 @functools.lru_cache(4096)
 def forward_plan(spec, target, vec, strides):
-    """The launches of a forward, for an `_access` to x and the residual."""
+    """Return the launches of a forward; `vec`, `strides`: of x and the residual, from `_access`."""
     rows, n_cols, itemsize = spec.rows, spec.n_cols, spec.dtypes[0].itemsize
     shape, (draws, _) = tuning.forward_shape(n_cols, itemsize), rows.in_group
     prepare, prepared = _prepare(spec, target, 0.0)
@@ -215,7 +215,7 @@ def forward_plan(spec, target, vec, strides):
 
 @functools.lru_cache(4096)
 def backward_plan(spec, target, cotangents, vec, strides):
-    """The launches of a backward: `dtypes_of` dy, dsum and dkl, `_access` to z, dy and dsum."""
+    """Return the launches of a backward; `cotangents`: dtypes of dy, dsum, dkl; `vec`, `strides`: of z, dy, dsum."""
     rows, n_cols = spec.rows, spec.n_cols
     z = spec.dtypes[1] or spec.dtypes[0]
     merged, mode = rows.noise == "merged", _mode(spec, target)
@@ -250,7 +250,7 @@ def backward_plan(spec, target, cotangents, vec, strides):
 
 
 def _prepare(spec, target, least):
-    """(the launch that prepares parameters or None, shape of what it prepares); `least`: variance of a shift."""
+    """Return (the launch that prepares parameters or None, its output's shape); `least`: least variance of a shift."""
     rows = spec.rows
     if not tuning.prepares(rows, spec.n_cols):
         return None, ()
@@ -267,12 +267,12 @@ def _prepare(spec, target, least):
 
 
 def _dtypes(spec, prepare):
-    """What the tensors of a kernel of rows are, for `Call`."""
+    """Return the part of `Call.dtypes` that forward and backward kernels share."""
     return *spec.dtypes, spec.out_dtype, prepare is not None
 
 
 def _numbers(rows):
-    """Kernel arguments: how a group's rows fall into draws, and where they lie among all."""
+    """Return the kernel arguments (draws, inner and rows per draw of a group, then draws and inner of all rows)."""
     draws, inner = rows.in_group
     return draws, inner, rows.group_rows // draws, max(1, rows.draws), max(1, rows.inner)
 
@@ -292,9 +292,9 @@ def _tile(spec, shape, vec=1):
 
 
 def _access(n_cols, operands):
-    """(operands as rows, vec, strides from row to row in units of it); an operand may be None.
+    """Return (operands as rows, vec, strides between rows in units of vec); an operand may be None.
 
-    `vec`: elements, a power of two up to 8, to which every row of the operands starts aligned.
+    `vec`: a power of two up to 8; every row of the operands starts at a multiple of `vec` elements.
     """
     found, strides, starts = [], [], [8, n_cols]
     for rows in operands:
@@ -311,9 +311,9 @@ def _access(n_cols, operands):
 
 
 def _rows(x, n_cols):
-    """x as (M, N), with neighbouring features adjacent in memory, and the stride of its rows.
+    """Return x with neighbouring features adjacent in memory, viewed as (M, N), and the stride of its rows.
 
-    Itself where its strides allow, else one copy.
+    Copies x if its strides do not allow this.
     """
     rows = x.reshape(-1, n_cols) if x.numel() else x.new_empty((0, n_cols))
     rows = rows if rows.stride(1) == 1 or n_cols == 1 else rows.contiguous()
@@ -325,7 +325,7 @@ def _contiguous(parameters):
 
 
 def _multiprocessors(device):
-    """Multiprocessors of a GPU; a handful for CPU tensors, which reach this module in Triton's interpreter alone."""
+    """Return the number of multiprocessors; 2 for the CPU, which runs kernels only in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

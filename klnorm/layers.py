@@ -1,4 +1,4 @@
-"""The layers: norms whose scale and shift have posteriors, and what a forward of theirs does."""
+"""The layers: norms whose scale and shift have posteriors."""
 
 import functools
 import math
@@ -20,11 +20,11 @@ SETTINGS = (
 
 
 class KLNorm(nn.Module):
-    """Base of the KL layers, put before the class of the norm itself: `class KLLayerNorm(KLNorm, nn.LayerNorm)`.
+    """Base of the KL layers. It precedes the class of the norm: `class KLLayerNorm(KLNorm, nn.LayerNorm)`.
 
-    The norm's own parameters are the means of the posterior. The layer adds its deviations, `<mean>_rho`, as parameters
-    and the means of the prior, `<mean>_prior`, as buffers. A layer without shift, or with posterior="deterministic",
-    has None for those that it does not need.
+    The norm's own parameters are the means of the posterior. The layer adds deviations, `<mean>_rho`, as parameters and
+    means of the prior, `<mean>_prior`, as buffers. Those that a layer without shift or with posterior="deterministic"
+    does not need are None.
     """
 
     noise: checks.Noise
@@ -37,21 +37,21 @@ class KLNorm(nn.Module):
 
     _means: tuple[str, ...] = ("weight", "bias")
     _is_rms = False
-    _weight_offset = 0.0  # added to the weight, it gives the scale
-    heads: int | None = None  # how many have their own parameters
+    _weight_offset = 0.0  # scale = _weight_offset + weight
+    heads: int | None = None  # number of heads with their own parameters
 
     def _add_posterior(self, **options):
-        """Make a KL layer of what is the norm."""
+        """Turn the norm into a KL layer."""
         self._build_posterior(**options)
         self._guard_shortcut()
 
     def _build_posterior(self, *, prior="current", **options):
-        """Settings, deviations and priors; `prior` as in `klnorm.replace_layer_norm`. What may fail does so here."""
+        """Set options, deviations and priors; raises for invalid ones. `prior` as for `klnorm.replace_layer_norm`."""
         for name, option in checks.as_options(self.weight.dtype, **options).items():
             setattr(self, name, option)
         self.prior = prior
         self._last_kl = LastKL()
-        self._sampling = False  # in evaluation mode, see `klnorm.sampling`
+        self._sampling = False  # whether to sample in evaluation mode too, see `klnorm.sampling`
         self._shortcut_guard = None
         sampled = self.posterior == "sampled"
         for name in self._means:
@@ -63,7 +63,7 @@ class KLNorm(nn.Module):
         self._reset_rho()
 
     def _remove_posterior(self):
-        """Undo `_add_posterior`; what is left is the state of the norm. It cannot fail, whatever has been removed."""
+        """Remove all that `_add_posterior` has added, if still there; the state of the norm is left. Does not raise."""
         for name in self._means:
             self._parameters.pop(f"{name}_rho", None)
             self._buffers.pop(f"{name}_prior", None)
@@ -75,7 +75,7 @@ class KLNorm(nn.Module):
         return self.normalized_shape, self.eps
 
     def _initial_rho(self):
-        """softplus inverted at `init_std`, in a form that holds for small and large deviations."""
+        """Return the inverse of softplus at `init_std`, in a form that is stable for small and large deviations."""
         init_std = checks.as_number("init_std", self.init_std, above=0, dtype=self.weight.dtype)
         return init_std + math.log(-math.expm1(-init_std))
 
@@ -89,16 +89,16 @@ class KLNorm(nn.Module):
         nn.init.constant_(rho, self._initial_rho())
 
     def _standard(self, name):
-        """The value of a new layer's mean: scale 1, shift 0."""
+        """Return the value of a new layer's mean: 1 for the weight, 0 for the bias."""
         return float(name == "weight")
 
     def _prior_for(self, name, mean):
-        """A prior mean for a posterior that starts at `mean`."""
+        """Return a prior mean for a posterior that starts at `mean`."""
         mean = mean.detach()
         return mean.clone() if self.prior == "current" else torch.full_like(mean, self._standard(name))
 
     def reset_parameters(self) -> None:
-        """Scale and prior of the scale 1, shift and prior of the shift 0, deviations `init_std`."""
+        """Set the scale and its prior mean to 1, the shift and its prior mean to 0, and deviations to `init_std`."""
         for name in self._means:
             for tensor in getattr(self, name, None), getattr(self, f"{name}_prior", None):
                 if tensor is not None:
@@ -107,7 +107,7 @@ class KLNorm(nn.Module):
             self._reset_rho()
 
     def _initializers(self):
-        """Name of a tensor that the plain norm lacks -> function that fills it with the values of a new layer."""
+        """Return {name of a tensor that the plain norm lacks: function that fills it as in a new layer}."""
         found = {}
         for name in self._means:
             found[f"{name}_rho"] = self._set_initial
@@ -128,7 +128,7 @@ class KLNorm(nn.Module):
             compat.initialize_unloaded(self)
 
     def train(self, mode=True):
-        """As for every module; in training mode scale and shift are sampled."""
+        """Set the mode, as in nn.Module; in training mode the layer samples scale and shift."""
         super().train(mode)
         if not mode:
             self._last_kl.forget()
@@ -145,12 +145,12 @@ class KLNorm(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """y, like `x`: of a sampled posterior sampled in training mode, the norm of the means in evaluation mode.
+        """Return y, like `x`: with sampled scale and shift in training mode, with their means in evaluation mode.
 
         Args:
             x: (..., *normalized_shape), with heads (..., heads, *normalized_shape).
-            residual: None, or a tensor like `x`, of any floating dtype (fp64 beside an fp64 `x` only), that is added to
-                it first, in one pass.
+            residual: None, or a tensor in the shape of `x`, of any floating dtype (fp64 if and only if `x` is). The
+                layer normalizes the sum of both, in one pass.
 
         Returns:
             y, in the dtype of `x` unless the layer has an `out_dtype`; with a residual (y, x + residual), the sum in
@@ -180,12 +180,12 @@ class KLNorm(nn.Module):
         alike = alike and (dtype is torch.float32 or not torch.is_autocast_enabled(x.device.type))
         alike = alike and residual is None and self.heads is None
         if alike and (self.bias is None or not self._is_rms):
-            if not x.is_nested:  # which nn.TransformerEncoder passes, and F.layer_norm takes
+            if not x.is_nested:  # nn.TransformerEncoder passes nested tensors, which F.layer_norm takes
                 inputs.check_input(x, self.normalized_shape)
             inputs.check_device("weight", weight, x)
             return super().forward(x)
-        # Torch's norm has no heads, no residual, no mixed dtypes (it refuses them or answers in fp32) and, as RMSNorm,
-        # no shift. The deterministic reading is the norm of the means, so its kernel computes that.
+        # torch's norms have no heads and no residual, refuse mixed dtypes or return fp32, and its RMSNorm has no shift.
+        # The kernel of the deterministic reading computes the norm with given means, so it serves here.
         shape, eps = self._shape_and_eps()
         means = Parameters(weight, self.bias, None, None, None, None)
         kind = "rms" if self._is_rms else "layer"
@@ -196,12 +196,12 @@ class KLNorm(nn.Module):
         return y if residual is None else (y, total)
 
     def _out_dtype(self, z):
-        """The dtype of y where the layer samples, None for that of x; `z`: what is normalized."""
+        """Return the dtype of y when the layer samples, None for that of x; `z`: x, or the residual if given."""
         return self.out_dtype
 
     def posterior_and_prior(self) -> Parameters:
-        """The `Parameters`; those of the scale less `_weight_offset`."""
-        parameters, buffers = self._parameters, self._buffers  # looked at first, as nn.Module takes thrice as long
+        """Return the tensors as `Parameters`; weight and weight_prior are without `_weight_offset`."""
+        parameters, buffers = self._parameters, self._buffers  # getattr of nn.Module takes three times as long
         held: list = [
             parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
             for name in Parameters._fields
@@ -209,39 +209,39 @@ class KLNorm(nn.Module):
         return Parameters(*held)
 
     def posterior_parameters(self) -> list[torch.Tensor]:
-        """The parameters of the posterior that there are: weight, weight_rho and, with a shift, bias, bias_rho."""
+        """Return those of weight, weight_rho, bias and bias_rho that are not None."""
         held = self.posterior_and_prior()
         return [p for p in (held.weight, held.weight_rho, held.bias, held.bias_rho) if p is not None]
 
     def count_posteriors(self) -> int:
-        """How many Gaussians the KL is a sum over: every scale and shift or, read deterministically, every feature."""
+        """Return the number of Gaussians in the KL: one per scale and shift; if deterministic, one per feature."""
         means = self._means if self.posterior == "sampled" else ("weight",)
         return sum(getattr(self, name).numel() for name in means if getattr(self, name) is not None)
 
     def _kl_inputs(self):
-        """The tensors held that the KL is a function of, None for what there is not."""
+        """Return the tensors that the KL is a function of, and None for absent ones."""
         return self.posterior_and_prior()
 
     def kl_divergence(self, *, check_finite: bool | None = None) -> torch.Tensor:
-        """`klnorm.kl_divergence` of this layer: a scalar in nats; raises as that does where it is not finite."""
+        """Return `klnorm.kl_divergence` of this layer, a scalar in nats; raises in the same cases."""
         return kl_divergence(self, check_finite=check_finite)
 
     def _take_kl(self):
-        """The KL tensor of the last forward, see `LastKL.take`; None where that is not at hand."""
+        """Return the KL divergence of the last forward, a scalar; None if it cannot be taken, see `LastKL.take`."""
         kl = None if torch.compiler.is_compiling() else self._last_kl.take(self._kl_inputs(), self.prior_std)
         if kl is None or self.heads is None:
             return kl
         total = kl.sum()
-        total.of = kl  # held by who holds the sum, so that it can be taken again
+        total.of = kl  # keeps kl alive as long as the sum, so that it can be taken again
         return total
 
     def _as_scale(self, weight):
-        """The scale of a weight, in fp32 or wider: 1 + weight in bf16 would lose what training changes."""
+        """Return the scale in fp32 or wider: in bf16, 1 + weight would round away the changes of training."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         return self._weight_offset + weight.to(wide) if self._weight_offset else weight
 
     def kl_terms(self):
-        """What the KL divergence is the sum of, as `klnorm.kl.closed_form` takes it."""
+        """Return the terms whose sum is the KL divergence, as `klnorm.kl.closed_form` takes them."""
         weight, bias, weight_rho, bias_rho, weight_prior, bias_prior = self.posterior_and_prior()
         prior_std = checks.as_number("prior_std", self.prior_std, above=0)
         if self.posterior == "deterministic":
@@ -252,7 +252,7 @@ class KLNorm(nn.Module):
         return terms if bias is None else [*terms, (kl_normal, (bias, bias_rho), bias_prior, prior_std)]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Also accept the state of the plain norm."""
+        """Load the state of a KL layer or of the plain norm."""
         assigned = local_metadata.get("assign_to_params_buffers", False)
         state_dict = compat.with_posterior(self, state_dict, prefix, assigned)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -268,53 +268,53 @@ class KLNorm(nn.Module):
 
 
 class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward also takes a residual
-    r"""LayerNorm whose scale and shift are Gaussian posteriors, sampled in training and held to a prior by a KL term.
+    r"""LayerNorm with Gaussian posteriors of scale and shift, sampled in training and held to a prior by a KL term.
 
-    In training mode every draw of scale and shift is
-    :math:`\gamma = \mathrm{weight} + \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon`, likewise :math:`\beta`; in
-    evaluation mode the layer is `nn.LayerNorm` with the posterior means, bit for bit where `x` and the parameters have
-    one dtype. `klnorm.sampling(model)` samples in evaluation mode. Add `klnorm.kl_divergence(model)`, weighted, to the
-    loss. A training forward whose divergence nobody takes may keep its graph alive until the layer's next forward. See
+    In training mode the layer draws :math:`\gamma = \mathrm{weight} +
+    \mathrm{softplus}(\mathrm{weight\_rho})\,\epsilon` and likewise :math:`\beta`. In evaluation mode it computes
+    nn.LayerNorm with the posterior means, bit for bit if `x` and the parameters have the same dtype.
+    `klnorm.sampling(model)` samples in evaluation mode too. Add `klnorm.kl_divergence(model)`, weighted, to the loss.
+    If nothing takes the divergence of a training forward, its graph may stay alive until the layer's next forward. See
     `klnorm.functional.kl_layer_norm` for the formulas and their source.
 
     Args:
         normalized_shape: int or sequence of ints, as for nn.LayerNorm.
         eps: added to the variance, >= 0.
-        elementwise_affine: must be True: the layer is about the scale and shift.
-        bias: False leaves out the shift, `bias` and `bias_rho` are None then.
+        elementwise_affine: must be True, because the layer learns the distribution of scale and shift.
+        bias: False leaves out the shift: `bias` and `bias_rho` are then None.
         device, dtype: of the parameters.
-        noise: which rows share a draw: "batch" all, "sample" (default) those of one sample, "token" none.
+        noise: which rows share a draw: "batch" all rows, "sample" (default) the rows of one sample, "token" none.
         sample_dim: dimension of the input that counts samples.
         init_std: initial posterior deviation, > 0.
         prior_std: deviation of the prior, > 0.
         generator: torch.Generator of the input's device to draw the seed of every forward from; torch's own if None.
-        posterior: "sampled", or "deterministic": no noise and no deviations, so that the layer has exactly the
-            parameters of nn.LayerNorm and computes the same, and the normalized activation itself is taken for the
-            noise: :math:`y_j \sim N(\mathrm{bias}_j, \mathrm{weight}_j^2)`, held by the KL term to
-            :math:`N(\mathrm{bias\_prior}_j, \mathrm{prior\_std}^2)`. Use it for a regularizer without noise, arithmetic
-            or parameters of its own. weight plays the deviation, so choose a `prior_std` of the size that weights
-            have, about 1: the default of 0.1, meant for the sampled reading, would pull them all to 0.1. `noise`,
-            `sample_dim`, `init_std` and `generator` have no effect then.
+        posterior: "sampled", or "deterministic": without noise and deviations, so the layer has exactly the parameters
+            and outputs of nn.LayerNorm. The normalized activation takes the place of the noise, :math:`y_j \sim
+            N(\mathrm{bias}_j, \mathrm{weight}_j^2)`, and the KL term holds it to :math:`N(\mathrm{bias\_prior}_j,
+            \mathrm{prior\_std}^2)`. Use it for a regularizer without noise or parameters of its own. weight is the
+            deviation, so choose a `prior_std` of the size of weights, about 1: the default of 0.1, meant for the
+            sampled reading, would pull all weights to 0.1. `noise`, `sample_dim`, `init_std` and `generator` then have
+            no effect.
         out_dtype: floating dtype of the output; that of the input if None.
-        heads: None, or how many heads have a scale and shift of their own, as in norms of queries and keys. Input is
-            then (..., heads, \*normalized_shape), parameters and prior means are (heads, \*normalized_shape), and the
-            KL divergence is the sum over heads, which share no noise. Evaluation then rounds once, as nn.LayerNorm may
-            not.
+        heads: None, or the number of heads that have their own scale and shift, as in norms of queries and keys. The
+            input is then (..., heads, \*normalized_shape), parameters and prior means are (heads, \*normalized_shape),
+            and the KL divergence is the sum over heads. Heads share no noise. Evaluation then rounds once; nn.LayerNorm
+            may round more often.
 
     Shape:
-        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, contiguous, in the input's dtype
-        or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns that too: (y, x + r).
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64. Output in the same shape, contiguous, in the
+        input's dtype or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns (y, x + r).
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
-            reading. All of `normalized_shape`, or (heads, \*normalized_shape).
+            reading. All have the shape `normalized_shape`, or (heads, \*normalized_shape).
     Buffers (persistent):
         weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.LayerNorm checkpoint becomes the prior.
             weight_prior is None in the deterministic reading.
 
     Raises:
-        TypeError, ValueError: as `klnorm.functional.kl_layer_norm`, and for elementwise_affine=False. Options are
-            checked when the layer is made; an `init_std` has to be finite in the parameters' dtype.
+        TypeError, ValueError: as `klnorm.functional.kl_layer_norm`, and for elementwise_affine=False. The constructor
+            checks options; `init_std` has to be finite in the parameters' dtype.
 
     Example:
         >>> layer = klnorm.KLLayerNorm(8, noise="token")
@@ -353,7 +353,7 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
         checks.check_dtype(dtype)
         eps = checks.as_number("eps", eps, at_least=0)
         shape, of_heads = checks.as_shape(normalized_shape), _as_heads(heads)
-        super().__init__((*of_heads, *shape), eps, True, bias, device, dtype)  # parameters of this shape
+        super().__init__((*of_heads, *shape), eps, True, bias, device, dtype)  # makes parameters of this shape
         self.normalized_shape, self.heads = shape, of_heads[0] if of_heads else None
         self._add_posterior(
             noise=noise, sample_dim=sample_dim, init_std=init_std, prior_std=prior_std, generator=generator,
@@ -361,33 +361,33 @@ class KLLayerNorm(KLNorm, nn.LayerNorm):  # type: ignore[misc]  # its forward al
         )  # fmt: skip
 
 
-class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
-    r"""RMSNorm whose scale is a Gaussian posterior, sampled in training and held to a prior by a KL term.
+class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # its forward also takes a residual
+    r"""RMSNorm with a Gaussian posterior of the scale, sampled in training and held to a prior by a KL term.
 
-    `KLLayerNorm` without mean and, unless asked for, shift: see there, and `klnorm.functional.kl_rms_norm` for the
-    formulas. In evaluation mode the layer is `nn.RMSNorm` with the posterior means, bit for bit where `x` and the
-    weight have one dtype; with a shift, which nn.RMSNorm lacks, :math:`\mathrm{weight}\,\hat x + \mathrm{bias}`,
-    rounded once.
+    It is a `KLLayerNorm` that does not subtract the mean and has a shift only with bias=True; see there, and
+    `klnorm.functional.kl_rms_norm` for the formulas. In evaluation mode it computes nn.RMSNorm with the posterior
+    means, bit for bit if `x` and the weight have the same dtype; with a shift, which nn.RMSNorm lacks,
+    :math:`\mathrm{weight}\,\hat x + \mathrm{bias}`, rounded once.
 
     Args:
         normalized_shape: int or sequence of ints, as for nn.RMSNorm.
         eps: added to the mean square, >= 0; None as in nn.RMSNorm.
-        elementwise_affine: must be True: the layer is about the scale.
+        elementwise_affine: must be True, because the layer learns the distribution of the scale.
         device, dtype: of the parameters.
-        bias: True adds a shift with a posterior of its own, as KLLayerNorm has.
+        bias: True adds a shift with a posterior, as in KLLayerNorm.
         noise, sample_dim, init_std, prior_std, generator, out_dtype, heads: as for `KLLayerNorm`.
         posterior: "sampled" or "deterministic", as for `KLLayerNorm`. Without a shift the deterministic KL is that of
             :math:`N(0, \mathrm{weight}_j^2)` from :math:`N(0, \mathrm{prior\_std}^2)`.
 
     Shape:
-        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64; output the same, channels_last where the input is
-        and else contiguous, in the input's dtype or `out_dtype`. `layer(x, residual=r)` normalizes x + r and returns
-        that too: (y, x + r).
+        Input (..., \*normalized_shape) in fp16, bf16, fp32 or fp64. Output in the same shape, channels_last if the
+        input is and else contiguous, in the input's dtype or `out_dtype`. `layer(x, residual=r)` normalizes x + r and
+        returns (y, x + r).
 
     Parameters:
         weight, bias: posterior means. weight_rho, bias_rho: deviations before softplus, None in the deterministic
-            reading. All of `normalized_shape`, or (heads, \*normalized_shape); those of the shift None where there is
-            none.
+            reading. All have the shape `normalized_shape`, or (heads, \*normalized_shape); without a shift bias and
+            bias_rho are None.
     Buffers (persistent):
         weight_prior, bias_prior: prior means, initially 1 and 0. A loaded nn.RMSNorm checkpoint becomes the prior; its
             shift is 0. weight_prior is None in the deterministic reading, bias_prior without a shift.
@@ -434,7 +434,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
         checks.check_dtype(dtype)
         eps = None if eps is None else checks.as_number("eps", eps, at_least=0)
         shape, of_heads = checks.as_shape(normalized_shape), _as_heads(heads)
-        super().__init__((*of_heads, *shape), eps, True, device, dtype)  # parameters of this shape
+        super().__init__((*of_heads, *shape), eps, True, device, dtype)  # makes parameters of this shape
         self.normalized_shape, self.heads = shape, of_heads[0] if of_heads else None
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if bias else None)
         self._add_posterior(
@@ -443,7 +443,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
         )  # fmt: skip
 
     def _build_posterior(self, **options):
-        if not hasattr(self, "bias"):  # an nn.RMSNorm that is being replaced
+        if not hasattr(self, "bias"):  # when an nn.RMSNorm is replaced
             self.register_parameter("bias", None)
         super()._build_posterior(**options)
 
@@ -463,7 +463,7 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
 
 
 def _as_heads(heads):
-    """What comes before the normalized shape in that of the parameters."""
+    """Return the dimensions that come before the normalized shape in the shape of the parameters."""
     return () if heads is None else (checks.as_integer("heads", heads, at_least=1),)
 
 
@@ -477,7 +477,7 @@ def _check_affine(elementwise_affine, norm):
 
 
 def _in_format_of(x, y):
-    """y, channels_last where x is, as nn.RMSNorm answers; nn.LayerNorm answers contiguously."""
+    """Return y, in channels_last if x is: nn.RMSNorm keeps that format, nn.LayerNorm returns contiguous tensors."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
         return y

@@ -3,25 +3,26 @@
 Arguments of the operators, in order:
 
     x                                    (..., *normalized_shape), any floating dtype and strides
-    residual                             None, or to be added to x first: shape of x, any floating dtype
+    residual                             None, or a tensor to add to x first: shape of x, any floating dtype
     weight, bias, weight_rho, bias_rho   (groups, *normalized_shape), or normalized_shape for one group; one floating
-                                         dtype; None where there is no shift; weight_rho None: deterministic reading
-    weight_prior, bias_prior             normalized_shape, or with per_head as weight; None: the numbers below
+                                         dtype; bias and bias_rho None: no shift; weight_rho None: deterministic reading
+    weight_prior, bias_prior             normalized_shape, with per_head the shape of weight; None: the numbers below
     seed                                 int64, one element; None: no sampling (evaluation)
     weight_prior_value, bias_prior_value, prior_std, eps
-    weight_offset                        added to the weight, it gives the scale; the prior's means are without it
+    weight_offset                        scale = weight_offset + weight; prior means are in the units of weight
     draws, inner                         row r uses draw (r // inner) % draws
     groups                               row r of M uses the parameters of group r // (M // groups)
-    per_head                             or of r % groups, and, with k = r // groups for r, draw (k // inner) % draws of
-                                         this group's own
-    rms                                  RMSNorm: no mean is subtracted
+    per_head                             True: row r uses the parameters of group r % groups and, with k = r // groups,
+                                         draw (k // inner) % draws of that group's own draws
+    rms                                  RMSNorm: does not subtract the mean
     dtype                                forward: of y, None for that of x; backward: of the gradient of x
 
-Forward returns y, the sum with the residual (as that), kl (scalar, or (groups,) of several or with per_head, in nats)
-and statistics, (M, 2) of mean and 1 / deviation or, for RMSNorm, (M, 1); the latter two in fp32, or fp64 for fp64 `x`.
-What is not there is an empty tensor. Backward takes as z what was normalized, x or the sum.
+Forward returns y; the sum with the residual, in its dtype; kl in nats, a scalar, or (groups,) for several groups or
+with per_head; and statistics, mean and 1 / deviation (M, 2), for RMSNorm the latter alone (M, 1). kl and statistics are
+fp32, or fp64 for fp64 `x`. Empty tensors stand for absent outputs. Backward takes z, the normalized tensor: x or the
+sum.
 
-Inside of klnorm the tensors are `Parameters` and everything else is a `Spec`, see `klnorm.spec`.
+Inside klnorm, a `Parameters` holds the parameters and a `Spec` everything that is not a tensor, see `klnorm.spec`.
 """
 
 import functools
@@ -44,7 +45,7 @@ _FORWARD = f"""norm_forward(
     Tensor x, Tensor? residual, {_ARGUMENTS}, {_NUMBERS}
 ) -> (Tensor, Tensor, Tensor, Tensor)"""
 
-# The gradients of z in the dtype of x and, where that is another one, of z; then of the parameters.
+# Returns the gradient of z in the dtype of x and, if z has another dtype, in that too; then those of the parameters.
 _BACKWARD = f"""norm_backward(
     Tensor? dy, Tensor? dsum, Tensor? dkl, Tensor z, {_ARGUMENTS}, Tensor statistics, {_NUMBERS}
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
@@ -56,7 +57,7 @@ for _schema in _FORWARD, _BACKWARD:
 
 @functools.cache
 def _launch():
-    """The host side of the kernels, imported when a CUDA tensor comes: a CPU machine may not have triton."""
+    """Import `klnorm.launch` when the first CUDA tensor comes: a machine without GPU may not have triton."""
     require_triton()
     from . import launch
 
@@ -123,27 +124,27 @@ def _backward_fake(dy, dsum, dkl, z, weight, bias, weight_rho, bias_rho, *args):
 
 
 def compute(x, residual, parameters, seed, spec):
-    """(y, sum or None, kl) of plain tensors where nobody watches; the seed is a tensor, an int or None."""
+    """Return (y, sum or None, kl) for plain tensors without the dispatcher; the seed is a tensor, an int or None."""
     if torch.is_grad_enabled():
         return KLNormFunction.apply(x, residual, *parameters[:4], (parameters[4:], seed, spec))
     return _compute_forward(x, residual, parameters, seed, spec)[:3]
 
 
 def compute_watched(x, residual, parameters, seed, numbers):
-    """The same of any tensors, by the operators; the seed is a tensor or None."""
+    """Return (y, sum or None, kl) for any tensors, through the operators; the seed is a tensor or None."""
     if compat.transforming():
         return TransformableFunction.apply(x, residual, *parameters, seed, numbers)[:3]
     if torch.is_grad_enabled():
         return OperatorFunction.apply(x, residual, *parameters, seed, numbers)[:3]
-    # Dynamo cannot trace a Function without gradients whose numbers are symbols, as with batches of any size.
+    # Without gradients Dynamo cannot trace a Function that takes symbolic numbers, as dynamic batch sizes make them.
     return OperatorFunction.forward(x, residual, *parameters, seed, numbers)[:3]
 
 
 class KLNormFunction(torch.autograd.Function):
-    """(y, sum, kl) and the gradients of them. Saves z, the parameters, the seed and the statistics of every row.
+    """Computes (y, sum, kl) and their gradients. Saves z, the parameters, the seed and the statistics of every row.
 
-    For plain tensors where nobody watches: autograd spends time on every argument, and microseconds on Functions that
-    torch.func can transform.
+    For plain tensors, without the dispatcher. Autograd spends time on every argument, so `others` is a single one, and
+    microseconds on Functions that torch.func can transform, which this is not.
     """
 
     @staticmethod
@@ -161,7 +162,7 @@ class KLNormFunction(torch.autograd.Function):
 
 
 class OperatorFunction(torch.autograd.Function):
-    """The same for everybody else, by the operators; statistics are an output here."""
+    """`KLNormFunction` for all other tensors, through the operators; also outputs the statistics."""
 
     @staticmethod
     def forward(x, residual, *args):
@@ -173,7 +174,7 @@ class OperatorFunction(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, residual, *parameters, seed, numbers = inputs
         _, sum_, _, statistics = output
-        numbers = *numbers[:-1], x.dtype  # as the backward's operator takes them
+        numbers = *numbers[:-1], x.dtype  # backward takes the dtype of dx here
         _save(ctx, x if residual is None else sum_, parameters, seed, statistics, numbers)
         ctx.has_residual = residual is not None
 
@@ -183,7 +184,7 @@ class OperatorFunction(torch.autograd.Function):
 
 
 class TransformableFunction(OperatorFunction):
-    """The same under torch.func's transforms. Apart, because torch.compile takes no Function that has these rules."""
+    """`OperatorFunction` for torch.func's transforms; torch.compile refuses Functions that define vmap or jvp."""
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -199,8 +200,8 @@ class TransformableFunction(OperatorFunction):
 
 
 def _save(ctx, z, parameters, seed, statistics, work):
-    """For `_backward`; `work`: a Spec, or the numbers of the backward's operator."""
-    ctx.last_kl, ctx.consumed = None, False  # for klnorm.kl: who holds this graph, and whether it is spent
+    """Save what `_backward` needs; `work`: a Spec, or the numbers of the backward operator."""
+    ctx.last_kl, ctx.consumed = None, False  # for klnorm.kl: the LastKL of this graph, and whether it is used up
     ctx.key, seed = (seed, None) if type(seed) is int else (None, seed)
     ctx.save_for_backward(z, *parameters, seed, statistics)
     ctx.set_materialize_grads(False)
@@ -208,7 +209,7 @@ def _save(ctx, z, parameters, seed, statistics, work):
 
 
 def _backward(ctx, dy, dsum, dkl):
-    """The gradients of x, the residual and the four parameters."""
+    """Return the gradients of x, the residual and the four parameters."""
     ctx.consumed = True
     if ctx.last_kl is not None and (last_kl := ctx.last_kl()) is not None:
         last_kl.release(ctx)
@@ -227,7 +228,7 @@ def _backward(ctx, dy, dsum, dkl):
 
 
 def _gradients(dy, dsum, dkl, z, parameters, seed, statistics, work):
-    """As the operator's, None for what there is not."""
+    """Return the outputs of the backward operator, None in place of empty tensors."""
     if type(work) is Spec and not compat.is_watched() and compat.are_plain(dy, dsum, dkl):
         return _compute_backward(dy, dsum, dkl, z, Parameters(*parameters), seed, statistics, work)
     seed = torch.tensor([seed], device=z.device) if type(seed) is int else seed
@@ -241,7 +242,7 @@ def _gradients(dy, dsum, dkl, z, parameters, seed, statistics, work):
 
 
 class _GradientsOnce(torch.autograd.Function):
-    """The gradients where autograd records (create_graph=True): their derivatives must raise, not come out as zero."""
+    """The gradients under create_graph=True; its backward raises, because second derivatives would be 0."""
 
     @staticmethod
     def forward(dy, dsum, dkl, z, *args):
@@ -266,7 +267,7 @@ class _GradientsOnce(torch.autograd.Function):
 
 
 def _one_by_one(function, info, in_dims, inputs):
-    """The rule of vmap: one call for every index of the mapped dimension, outputs stacked."""
+    """Implement vmap: one call for each index of the mapped dimension, with stacked outputs."""
     calls = [
         function(*(v.select(dim, i) if isinstance(dim, int) else v for v, dim in zip(inputs, in_dims, strict=True)))
         for i in range(info.batch_size)

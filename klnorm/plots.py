@@ -1,4 +1,4 @@
-"""The picture of a `klnorm.summary`."""
+"""Plots a `klnorm.summary`."""
 
 import itertools
 import math
@@ -18,21 +18,21 @@ _LONGEST_LABEL = 48
 
 
 def plot_summary(source: Summary | nn.Module, path: str | os.PathLike | None = None) -> "Figure":
-    """Draw KL, signal to noise and the share fallen back to the prior of every layer, scale and shift apart.
+    """Draw for every layer the KL, signal to noise and the share fallen back to the prior; scale and shift separately.
 
-    The KL bars of scale and shift stand one on the other, so their length is the layer's KL. Layers keep their order
-    from top to bottom; what all names begin or end with is left out of the labels and shown beside them.
+    The KL bars of scale and shift are stacked, so their total length is the layer's KL. Layers are in model order from
+    top to bottom. Parts that all names begin or end with are removed from the labels and shown beside them.
 
     Args:
-        source: what `klnorm.summary` returned, or an nn.Module to be summarized with the default threshold.
-        path: file to write; its ending (.png, .svg, .pdf) chooses the format. Folders are made. None: no file.
+        source: the result of `klnorm.summary`, or an nn.Module, which is summarized with the default threshold.
+        path: file to write; its ending (.png, .svg, .pdf) chooses the format. Makes missing folders. None: no file.
 
     Returns:
-        matplotlib.figure.Figure, which a notebook shows. It is not known to pyplot, so there is nothing to close.
+        matplotlib.figure.Figure, which a notebook shows. It is not registered with pyplot and needs no close().
 
     Raises:
-        TypeError: `source` is neither, or `path` is no path.
-        ValueError: `path` has an ending that matplotlib cannot write, or as `klnorm.summary`.
+        TypeError: `source` or `path` has another type.
+        ValueError: matplotlib cannot write the format of `path`; or as `klnorm.summary`.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -96,7 +96,7 @@ def _check_path(path, supported):
 
 
 def _stacked_bars(axis, rows):
-    """The KL of every layer: the shift's bar goes on where the scale's ends."""
+    """Draw the KL of every layer: the shift's bar starts where the scale's ends."""
     for name in _COLORS:
         parts = _parts(rows, name)
         starts = [0.0 if name == "scale" else rows[y].scale.kl for y in parts]
@@ -104,7 +104,7 @@ def _stacked_bars(axis, rows):
 
 
 def _paired_bars(axis, rows, key, factor):
-    """One bar for the scale, and below it one for the shift."""
+    """Draw for every layer one bar for the scale and one below it for the shift."""
     for name, offset in ("scale", -0.2), ("shift", 0.2):
         parts = _parts(rows, name)
         lengths = [factor * getattr(part, key) for part in parts.values()]
@@ -112,12 +112,12 @@ def _paired_bars(axis, rows, key, factor):
 
 
 def _parts(rows, name):
-    """Number of the layer -> Part, for the layers that have it."""
+    """Return {index of the layer: Part} for the layers that have a scale or shift, as `name` says."""
     return {y: part for y, row in enumerate(rows) if (part := getattr(row, name)) is not None}
 
 
 def _label_layers(axis, names):
-    """Names from top to bottom, at most _MOST_LABELS of them, without what is common to all."""
+    """Label the layers from top to bottom: at most _MOST_LABELS names, without their common parts."""
     common, labels = _shorten(names)
     step = math.ceil(len(names) / _MOST_LABELS)
     axis.set_yticks(range(0, len(names), step), labels[::step], fontsize=8)
@@ -127,9 +127,9 @@ def _label_layers(axis, names):
 
 
 def _shorten(names):
-    """What the dotted names begin and end with, as "a.*.b" or "", and what is left of each."""
+    """Return the common beginning and end of dotted names, as "a.*.b" or "", and the remainder of each name."""
     paths = [name.split(".") for name in names]
-    shortest = min(map(len, paths)) - 1 if len(paths) > 1 else 0  # something is left of every name
+    shortest = min(map(len, paths)) - 1 if len(paths) > 1 else 0  # every name keeps one part
     start = _count_equal(paths, range(shortest))
     end = _count_equal(paths, range(-1, start - shortest - 1, -1))
     kept = [".".join(path[start : len(path) - end]) or "(the model)" for path in paths]
@@ -139,6 +139,6 @@ def _shorten(names):
 
 
 def _count_equal(paths, positions):
-    """How many of the positions, from the first on, hold the same in all paths."""
+    """Count the leading `positions` at which all paths are equal."""
     equal = (len({path[i] for path in paths}) == 1 for i in positions)
     return sum(1 for _ in itertools.takewhile(bool, equal))

@@ -1,4 +1,4 @@
-"""Monte Carlo prediction: average over draws of scale and shift."""
+"""Monte Carlo prediction: averages a model's outputs over draws of scale and shift."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import checks
-from .blocks import Meanwhile, Switch
+from .blocks import Switch, Temporary
 from .draws import as_call, batch_of, can_sample, outputs
 from .layers import KLNorm
 
@@ -20,20 +20,19 @@ Model = TypeVar("Model", bound=nn.Module)
 def sampling(model: Model) -> Iterator[Model]:
     """Inside the `with` block the KL layers of `model` sample scale and shift in evaluation mode too.
 
-    Dropout and the like stay in evaluation mode, so what varies from call to call is the posteriors alone. The
-    shortcuts of nn.TransformerEncoder and nn.TransformerEncoderLayer, which would not call the layers, are off
-    meanwhile.
+    Dropout and other modules stay in evaluation mode, so only the draws of the posteriors vary between calls. The block
+    turns off the shortcuts of nn.TransformerEncoder and nn.TransformerEncoderLayer, which would not call the layers.
 
-    It is the model that samples, not the block: while one is open every call samples, those of other threads too.
-    Blocks for one model, or for parts of it, may overlap in threads, generators and coroutines; a layer is as before
-    when the last block for it ends. Copies and pickles made inside of a block do not sample.
+    Sampling is a state of the model: while a block is open, every call samples, also in other threads. Blocks for one
+    model, or for parts of it, may overlap in threads, generators and coroutines; a layer is as before when the last
+    block for it ends. Copies and pickles made inside a block do not sample.
 
     Args:
         model: any nn.Module.
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: `model` has no KL layer that samples, so that every call would give the same.
+        ValueError: `model` has no KL layer that samples.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2))).eval()
@@ -55,7 +54,7 @@ def sampling(model: Model) -> Iterator[Model]:
 
 
 def _end_sampling(module):
-    if isinstance(module, KLNorm):  # not restored meanwhile
+    if isinstance(module, KLNorm):  # else the layer was restored to a plain norm inside the block
         module._set_sampling(False)
 
 
@@ -63,14 +62,14 @@ def _train(module):
     if isinstance(module, KLNorm):
         module.train()
     else:
-        module.training = True  # alone: train() would reach modules that were left in evaluation mode
+        module.training = True  # not train(), which would also change children that were in evaluation mode
 
 
-_SAMPLING = Switch(can_sample, lambda layer: layer._set_sampling(Meanwhile(True)), _end_sampling)
-# Nested tensors go with nn.TransformerEncoder's shortcut.
+_SAMPLING = Switch(can_sample, lambda layer: layer._set_sampling(Temporary(True)), _end_sampling)
+# nn.TransformerEncoder passes nested tensors for its shortcut, which KL layers that sample do not take.
 _DENSE = Switch(
     lambda module: getattr(module, "use_nested_tensor", False),
-    lambda encoder: setattr(encoder, "use_nested_tensor", Meanwhile(False)),
+    lambda encoder: setattr(encoder, "use_nested_tensor", Temporary(False)),
     lambda encoder: setattr(encoder, "use_nested_tensor", True),
 )
 _EVALUATION = Switch(lambda module: module.training, lambda module: module.training and module.eval(), _train)
@@ -80,7 +79,7 @@ _LIKELIHOODS = "categorical", "bernoulli", "gaussian"
 
 
 class Prediction(NamedTuple):
-    """What `mc_predict` returns for classes, in fp32 (fp64 for fp64 logits): see there."""
+    """The result of `mc_predict` for classes, in fp32 (fp64 for fp64 logits); `mc_predict` describes the fields."""
 
     probabilities: torch.Tensor
     entropy: torch.Tensor
@@ -88,7 +87,7 @@ class Prediction(NamedTuple):
 
 
 class Regression(NamedTuple):
-    """What `mc_predict` returns for numbers, in fp32 (fp64 for fp64 outputs): see there."""
+    """The result of `mc_predict` for numbers, in fp32 (fp64 for fp64 outputs); `mc_predict` describes the fields."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -104,43 +103,44 @@ def mc_predict(
     class_dim: int = -1,
     max_batch: int | None = None,
 ) -> "Prediction | Regression":
-    """The model's prediction averaged over draws of scale and shift, and how uncertain it is.
+    """Return the model's prediction averaged over draws of scale and shift, and its uncertainty.
 
-    The model runs in evaluation mode inside `klnorm.sampling`; its training flags are put back after. Calls may overlap
-    in threads: until the last one for a model ends it is in evaluation mode and samples, for every thread.
+    The model runs in evaluation mode inside `klnorm.sampling`; afterwards its training flags are restored. Calls may
+    overlap in threads: until the last call for a model ends, the model is in evaluation mode and samples in every
+    thread.
 
     Args:
-        model: an nn.Module that returns logits or numbers as one tensor, or an object with them as `.logits`, as the
+        model: an nn.Module that returns logits or numbers as one tensor, or as the attribute `.logits` of an object, as
             models of transformers do.
         inputs: a tensor, or a tuple or list of positional arguments, or a mapping of keyword arguments.
         samples: number of draws, >= 1.
-        likelihood: what the output stands for: "categorical" logits (..., classes) of classes that exclude each other,
-            "bernoulli" logits (...) of decisions of their own, yes or no, or "gaussian" numbers (...).
+        likelihood: meaning of the output: "categorical": logits (..., classes) of mutually exclusive classes;
+            "bernoulli": logits (...) of independent yes-or-no decisions; "gaussian": numbers (...).
         class_dim: the dimension of categorical logits that counts the classes, two or more.
-        max_batch: None for a forward for every draw. Or the most inputs of a forward, >= 1: as many draws as fit go
-            through the model together, the inputs repeated along dimension 0. Use it where the batch is small, so that
-            the host takes the time. Dimension 0 of the first tensor counts the batch; every tensor of this length there
-            is repeated, all others are passed as they are. A batch is not split, however small `max_batch` is.
-            The draws are independent as without it, but others; the first forward begins with the same one. This takes
-            layers with noise="sample" or "token" in which `sample_dim` counts the inputs: it raises for a layer whose
-            copies of an input would share a draw. Inside of torch.compile nobody looks.
+        max_batch: None: one forward per draw. Or the largest number of inputs in a forward, >= 1: as many draws as fit
+            run in one forward, which repeats the inputs along dimension 0. This saves host time for small batches.
+            Dimension 0 of the first tensor counts the batch; every tensor with this length there is repeated, all
+            others are passed unchanged. A batch is never split. The draws are still independent, but their values
+            differ from those with None, except for the first draw. Layers need noise="sample" or "token" with a
+            `sample_dim` that counts the inputs: a layer whose copies of an input would share a draw raises, but not
+            under torch.compile.
 
     Returns:
-        A named tuple of tensors without gradient. Of classes:
-        probabilities, the mean over draws of softmax(logits), in the shape of the logits; of a decision that of yes,
-        sigmoid(logits);
-        entropy, of these mean probabilities in nats, without the dimension of the classes: the whole uncertainty;
-        mutual_information, between class and draw, like entropy, >= 0: the part of it that comes from not knowing scale
-        and shift, which the mean of the draws' own entropies leaves (Houlsby et al. 2011, "BALD").
-        Of numbers, in their shape:
+        A named tuple of tensors without gradient. For classes:
+        probabilities, the mean over draws of softmax(logits), in the shape of the logits; for a decision the
+        probability of yes, the mean of sigmoid(logits);
+        entropy of these mean probabilities, in nats, without the dimension of the classes: the total uncertainty;
+        mutual_information between class and draw, like entropy, >= 0: entropy less the mean entropy of single draws,
+        the part that comes from not knowing scale and shift (Houlsby et al. 2011, "BALD").
+        For numbers, in their shape:
         mean and variance over draws, the latter with divisor `samples`: the part of the predictive variance that comes
-        from not knowing scale and shift. That of the observations around the mean comes on top.
+        from not knowing scale and shift. The variance of the observations around the mean comes on top.
 
     Raises:
-        TypeError: an argument of the wrong type, or the model returns no tensor of floating dtype.
-        ValueError: `samples` or `max_batch` < 1; a `likelihood` that there is not; no KL layer that samples;
-            categorical logits with fewer than two classes in `class_dim`, or (batch,) with `class_dim` left out; with
-            `max_batch` a layer or an output that does not count the inputs.
+        TypeError: an argument has the wrong type, or the model does not return a floating-point tensor.
+        ValueError: `samples` or `max_batch` < 1; unknown `likelihood`; no KL layer that samples; categorical logits
+            with fewer than two classes in `class_dim`, or of shape (batch,) without a `class_dim`; with `max_batch`, a
+            layer whose draws or an output whose length does not match the inputs.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)))
@@ -163,7 +163,7 @@ def mc_predict(
         found = outputs(model, call, samples, max_batch)
         if likelihood == "gaussian":
             return _moments(found)
-        if likelihood == "bernoulli":  # two classes, of which no has the logit 0
+        if likelihood == "bernoulli":  # two classes: "no" has the logit 0
             yes_or_no = ((torch.stack([torch.zeros_like(z), z], 1), 0) for z in found)
             probabilities, *uncertainty = _classify(yes_or_no, samples)
             return Prediction(probabilities[1], *uncertainty)
@@ -181,7 +181,7 @@ def _check_likelihood(likelihood, class_dim):
 
 
 def _resolve(class_dim, shape, batch, max_batch):
-    """`class_dim` as a non-negative dimension of one draw's logits; raise where these can be no classes."""
+    """Return `class_dim` as a non-negative dimension of one draw's logits; raise if it cannot count classes."""
     dim = class_dim + len(shape) if class_dim < 0 else class_dim
     if not 0 <= dim < len(shape):
         found = f"have no dimension {class_dim}"
@@ -199,7 +199,7 @@ def _resolve(class_dim, shape, batch, max_batch):
 
 
 def _classify(logits_and_dims, samples):
-    """The `Prediction` of (logits (draws, ...), dimension of the classes in one draw's) of every forward."""
+    """Return the `Prediction` of pairs, one per forward: logits (draws, ...), dimension of classes in one draw's."""
     mean = entropy_of_draws = 0
     for logits, dim in logits_and_dims:
         p = logits.softmax(dim + 1)
@@ -210,7 +210,7 @@ def _classify(logits_and_dims, samples):
 
 
 def _moments(found):
-    """The `Regression` of outputs (draws, ...), put together as by Chan, Golub and LeVeque (1983)."""
+    """Return the `Regression` of outputs (draws, ...), merged by the formulas of Chan, Golub and LeVeque (1983)."""
     count = mean = squares = 0
     for output in found:
         draws, their_mean = len(output), output.mean(0)

@@ -1,4 +1,4 @@
-"""Turn the norms of a model into KL layers, and back."""
+"""Turns the norms of a model into KL layers, and back."""
 
 from typing import Literal, TypeVar
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import checks
-from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_uncovered, plain_type, refuse
+from .candidates import LAYER_NORMS, RMS_NORMS, check_convertible, check_not_overridden, plain_type, refuse
 from .choice import Filter, choose, warn_of_others
 from .compat import is_sharded
 from .conversion import make_twins, swap
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _PRIORS = "current", "standard"
 _EVALUATED = "model.eval(), in which the layer computes the norm of its means"
 _WITHOUT_SHIFT = f"layer.bias = layer.bias_rho = layer.bias_prior = None to do without it, or {_EVALUATED}"
-# By name, as torch need not have torch.distributed.
+# Names, because a build of torch may lack torch.distributed.
 _FSDP = "FSDPModule", "FullyShardedDataParallel"
 _WRAPPERS = "DistributedDataParallel", *_FSDP
 
@@ -34,47 +34,45 @@ def replace_layer_norm(
     posterior: checks.Posterior = "sampled",
     out_dtype: torch.dtype | None = None,
 ) -> Model:
-    """Turn the LayerNorms in `model` into KL layers, in place, whatever library they come from.
+    """Turn the LayerNorms in `model`, also those of other libraries, into KL layers, in place.
 
-    An nn.LayerNorm becomes a `KLLayerNorm`. So does a class of another library, such as DebertaLayerNorm or
-    CohereLayerNorm in transformers, timm's LayerNorm or apex's FusedLayerNorm, if it is a subclass of nn.LayerNorm, or
-    has a parameter `weight`, perhaps a `bias`, and an eps; if its forward takes x alone; and if in both modes it
-    computes, on a small fp32 input, LayerNorm of the last dimensions, scaled with weight or 1 + weight. Its layers get
-    a new class, a subclass of the one that they had: evaluation mode is the forward of that class, bit for bit.
-    `weight`, `weight_rho` and `weight_prior` stay in the units of its weight, so that checkpoints fit; in training mode
-    the output has the dtype in which that class would answer.
+    An nn.LayerNorm becomes a `KLLayerNorm`. A layer of another class, such as DebertaLayerNorm or CohereLayerNorm in
+    transformers, timm's LayerNorm or apex's FusedLayerNorm, is replaced if it is a subclass of nn.LayerNorm, or has a
+    parameter `weight`, perhaps a `bias`, and an eps; if its forward takes x alone; and if in both modes it computes, on
+    a small fp32 input, LayerNorm of the last dimensions, scaled with weight or 1 + weight. Its new class is a subclass
+    of the old one. In evaluation mode it runs the forward of the old class, bit for bit. `weight`, `weight_rho` and
+    `weight_prior` stay in the units of the old weight, so that checkpoints fit. In training mode the output has the
+    dtype that the old class would return.
 
     Each layer stays the same object with the same `weight` and `bias` parameters, hooks, training flag, dtype and
-    device, so what refers to it keeps working, and layers that the model uses twice stay shared. The deviations are new
-    parameters, with the `requires_grad` of their means: make the optimizer, and wrap for distributed training, after
-    this call. Layers without scale and shift, and those that are KL layers already, are left alone. Layers that share
-    all their parameters without being one module share the deviations too, and their KL counts once.
-    `klnorm.kl_layers(model)` gives the layers by name.
+    device, so references to it stay valid, and layers that the model uses twice stay shared. The deviations are new
+    parameters with the `requires_grad` of their means: make the optimizer, and wrap for distributed training, after
+    this call. Layers without scale and shift and KL layers stay as they are. Different modules that share all their
+    parameters share the deviations too, and their KL counts once. `klnorm.kl_layers(model)` returns the layers by name.
 
     Args:
         model: any nn.Module, an nn.LayerNorm itself included.
-        filter_fn: None: all of them. Or a function (module, qualified name) -> bool, asked for each module that is
-            built like a LayerNorm; what it chooses has to compute one. Or `klnorm.last_norms(k)`, of all or of
-            those that such a function chooses.
-        prior: where the prior is centred: "current" on the present weight and bias, and on those of a plain checkpoint
-            loaded later, "standard" on 1 and 0.
+        filter_fn: None: replace all. Or a function (module, qualified name) -> bool, called for each module that is
+            built like a LayerNorm; those that it chooses have to compute LayerNorm. Or
+            `klnorm.last_norms(k)` for the last k.
+        prior: prior means: "current": the present weight and bias, or those of a plain checkpoint loaded later;
+            "standard": 1 and 0.
         noise, sample_dim, init_std, prior_std, generator, posterior: as for `KLLayerNorm`.
-        out_dtype: as for `KLLayerNorm`; where it is None, layers of other classes answer as these would.
+        out_dtype: as for `KLLayerNorm`; with None, layers of other classes return the dtype that these would return.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError, ValueError: as for `KLLayerNorm`; `filter_fn` is none, or returns something else than a bool; for a
-            chosen layer that is parametrized, pruned, quantized, sharded or not a LayerNorm in what it computes, that
-            uses the name of an attribute of KL layers, such as `noise`, for something of its own, or shares a part of
-            its parameters with another layer; for a model wrapped by DistributedDataParallel or FSDP. Whatever raises,
-            the model is unchanged.
+        TypeError, ValueError: as for `KLLayerNorm`; `filter_fn` is of another type, or returns anything but a bool; a
+            chosen layer is parametrized, pruned, quantized or sharded, does not compute LayerNorm, has an attribute
+            with the name of an attribute of KL layers, such as `noise`, or shares some of its parameters with another
+            layer; the model is wrapped by DistributedDataParallel or FSDP. After any error the model is unchanged.
 
     Warns:
-        UserWarning: `model` has no KL layer in the place of a LayerNorm after the call; or, without `filter_fn`,
-            subclasses of nn.LayerNorm and classes built like it were passed over, as they compute something else or
-            take more than x. It says which and how many.
+        UserWarning: after the call `model` has no KL layer in place of a LayerNorm; or, without `filter_fn`, the call
+            passed over modules that are subclasses of nn.LayerNorm or built like it, because they compute something
+            else or take more than x. The message says which and how many.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.TransformerEncoderLayer(16, 2), filter_fn=klnorm.last_norms(1))
@@ -104,19 +102,19 @@ def replace_rms_norm(
     posterior: checks.Posterior = "sampled",
     out_dtype: torch.dtype | None = None,
 ) -> Model:
-    """Turn the RMSNorms in `model` into KL layers, in place, whatever library they come from.
+    """Turn the RMSNorms in `model`, also those of other libraries, into KL layers, in place.
 
-    `replace_layer_norm` for RMSNorm without a shift: what is said there holds here too. An nn.RMSNorm becomes a
-    `KLRMSNorm`. A class of another library, such as LlamaRMSNorm, T5LayerNorm or GemmaRMSNorm in transformers, is found
-    by what it computes: weight * xhat or (1 + weight) * xhat.
+    It works like `replace_layer_norm`, for RMSNorms without a shift. An nn.RMSNorm becomes a `KLRMSNorm`. A class of
+    another library, such as LlamaRMSNorm, T5LayerNorm or GemmaRMSNorm in transformers, is recognized if it computes
+    weight * xhat or (1 + weight) * xhat.
 
     Args:
         model: any nn.Module, an RMSNorm itself included.
-        filter_fn: None: all of them. Or a function (module, qualified name) -> bool, asked for each module that is
-            built like an RMSNorm; what it chooses has to compute one. Or `klnorm.last_norms(k)`, of all or of
-            those that such a function chooses.
-        prior: where the prior is centred: "current" on the present weight, and on that of a plain checkpoint loaded
-            later, "standard" on a scale of 1.
+        filter_fn: None: replace all. Or a function (module, qualified name) -> bool, called for each module that is
+            built like an RMSNorm; those that it chooses have to compute RMSNorm. Or
+            `klnorm.last_norms(k)` for the last k.
+        prior: prior mean: "current": the present weight, or that of a plain checkpoint loaded later; "standard": a
+            scale of 1.
         noise, sample_dim, init_std, prior_std, generator, posterior, out_dtype: as for `replace_layer_norm`.
 
     Returns:
@@ -142,7 +140,8 @@ def replace_rms_norm(
 
 def _replace(model, norms, filter_fn, options):
     checks.check_module(model)
-    checks.check_config(options["prior_std"], 1.0, options["noise"])
+    checks.check_positive("prior_std", options["prior_std"])
+    checks.check_noise(options["noise"])
     checks.check_positive("init_std", options["init_std"])
     checks.check_posterior(options["posterior"])
     if options["prior"] not in _PRIORS:
@@ -159,16 +158,16 @@ def _replace(model, norms, filter_fn, options):
     twins = make_twins(model, norms, chosen, options)
     warn_of_others(model, norms, found, chosen, filter_fn)
     for candidate, twin in zip(chosen, twins, strict=True):
-        swap(candidate.module, twin)  # the first change: what may fail has been done
+        swap(candidate.module, twin)  # the first change of the model: all checks have passed
     return model
 
 
 def restore_layer_norm(model: Model) -> Model:
-    """Turn every KL layer that stands for a LayerNorm back into the class that it had, with the posterior means, in
-    place. A `KLLayerNorm` becomes an nn.LayerNorm.
+    """Turn every KL layer of a LayerNorm back into its original class, with the posterior means, in place. A
+    `KLLayerNorm` becomes an nn.LayerNorm.
 
-    The output then equals that of evaluation mode exactly; deviations and priors are gone. What reads plain models,
-    torch.export, ONNX or quantization, reads this one.
+    The output then equals that of evaluation mode exactly; deviations and priors are gone. Use it before torch.export,
+    ONNX or quantization, which take plain models.
 
     Args:
         model: any nn.Module, a KL layer itself included.
@@ -178,7 +177,7 @@ def restore_layer_norm(model: Model) -> Model:
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: a layer is parametrized, has heads, or a forward that accelerate put into it; the model is sharded
+        ValueError: a layer is parametrized, has heads, or has a forward that accelerate has set; the model is sharded
             by FSDP. The model is then unchanged.
 
     Example:
@@ -190,8 +189,7 @@ def restore_layer_norm(model: Model) -> Model:
 
 
 def restore_rms_norm(model: Model) -> Model:
-    """Turn every KL layer that stands for an RMSNorm back into the class that it had, in place; see
-    `restore_layer_norm`.
+    """Turn every KL layer of an RMSNorm back into its original class, in place; see `restore_layer_norm`.
 
     Raises:
         TypeError, ValueError: as `restore_layer_norm`; also for a `KLRMSNorm` with a shift.
@@ -212,10 +210,10 @@ def _restore(model, norms):
             "model is sharded by FSDP, which would put the deviations back, expected a bare one. Remedy: load its full "
             "state dict (torch.distributed.checkpoint.state_dict) into a replaced model and restore that."
         )
-    # A subclass of somebody else's is no layer that replacing made.
+    # `_plain_class` of its own marks a class that can be restored; a user's subclass of a KL layer has none.
     layers = [(name, m) for name, m in layers if "_plain_class" in vars(plain_type(m))]
     for name, module in layers:
-        check_uncovered(name, module, refuse)
+        check_not_overridden(name, module, refuse)
         if module.heads is not None:
             refuse(name, f"has parameters of every head, which an nn.{norms.name} cannot hold", _EVALUATED)
         if isinstance(module, KLRMSNorm) and module.bias is not None:
@@ -227,6 +225,6 @@ def _restore(model, norms):
 
 
 def _wrapper(model, names):
-    """The first of these class names that a module of `model` is an instance of, or None."""
+    """Return the first of the class `names` that a module of `model` is an instance of, or None."""
     found = {base.__name__ for m in model.modules() for base in type(m).__mro__}
     return next((name for name in names if name in found), None)

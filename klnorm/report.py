@@ -1,4 +1,4 @@
-"""What the posteriors of a model have become: numbers per layer, as a table and as a flat dict."""
+"""Summarizes the posteriors of a model: numbers per layer, as a table and as a flat dict."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .kl import some_kl_layers
 from .reference.kl_norm import kl_deterministic, kl_normal, softplus
 
 _MEANS = {"scale": "weight", "shift": "bias"}
-_TINY = 1e-30  # a ratio to a deviation that underflows is to be a number in fp32 too, as TensorBoard keeps fp32
+_TINY = 1e-30  # smallest divisor: a ratio to a deviation that underflows stays finite in fp32, which TensorBoard stores
 _COLUMNS = {"KL, nats": ("both", "scale", "shift")} | dict.fromkeys(
     ("deviation", "signal/noise", "fallen back"), ("scale", "shift")
 )
@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """Scales and shifts of a layer, or of all layers; `shift` is None where there are none."""
+    """Scales and shifts of a layer, or of all layers; `shift` is None if there are none."""
 
     scale: Part
     shift: Part | None
@@ -53,10 +53,10 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """What `klnorm.summary` returns; prints as a table.
+    """The result of `klnorm.summary`; prints as a table.
 
     Attributes:
-        layers: qualified name -> Row, a layer each.
+        layers: {qualified name of a layer: Row}.
         total: the Row of all layers together.
         threshold: KL in nats below which a feature has fallen back to its prior.
     """
@@ -66,11 +66,10 @@ class Summary:
     threshold: float
 
     def as_dict(self) -> dict[str, float]:
-        """Flat dict of finite floats, for TensorBoard or W&B.
+        """Return a flat dict of finite floats, for TensorBoard or W&B.
 
-        The keys are "klnorm/<layer>/<value>", and "klnorm/<value>" for all layers together. <value> is "kl", and for
-        either part "scale_kl", "scale_deviation", "scale_snr", "scale_fallen_back", "shift_kl" and so on; a layer
-        without shift has none of the latter.
+        The keys are "klnorm/<layer>/<value>", and "klnorm/<value>" for all layers together. <value> is "kl",
+        "scale_kl", "scale_deviation", "scale_snr", "scale_fallen_back", and with a shift also "shift_kl" and so on.
         """
         values = {}
         for name, row in [*self.layers.items(), ("", self.total)]:
@@ -93,7 +92,7 @@ class Summary:
 
 
 def _group_titles(widths):
-    """The line above the header, each title in the middle of its columns."""
+    """Return the line above the header, with each title centred over its columns."""
     titles, start = [" " * widths[0]], 1
     for title, columns in _COLUMNS.items():
         span = widths[start : start + len(columns)]
@@ -112,11 +111,11 @@ def _cells(row):
 
 
 def _nats(kl):
-    return f"{round(kl, 2) + 0.0:,.2f}"  # + 0.0: not "-0.00", to which the floor of the deterministic reading can lead
+    return f"{round(kl, 2) + 0.0:,.2f}"  # + 0.0 turns -0.0, possible in the deterministic reading, into 0.0
 
 
 def summary(model: nn.Module, *, threshold: float = 0.01) -> Summary:
-    """What training has made of the posteriors: a table of the KL layers, scale and shift apart.
+    """Summarize the posteriors of the KL layers in `model`, scale and shift separately.
 
     ::
 
@@ -125,30 +124,30 @@ def summary(model: nn.Module, *, threshold: float = 0.01) -> Summary:
         signal/noise  median over features of |mean - prior mean| / s
         fallen back   share of features with a KL below `threshold`
 
-    A layer with posterior="deterministic" has one posterior, that of the normalized activation, whose mean is the shift
-    and whose deviation is the size of the scale; its numbers are in the columns of the scale. Of a
-    KLConditionalLayerNorm it is the static posterior, that of a sample whose condition is 0.
+    A layer with posterior="deterministic" has one posterior, that of the normalized activation: its mean is the shift,
+    its deviation the absolute value of the scale. Its numbers are in the columns of the scale. For a
+    KLConditionalLayerNorm the numbers describe the posterior of a sample whose condition is 0.
 
-    The signal is how far a feature has moved from its prior mean, the noise its posterior deviation: 0 where it has not
-    moved; far below 1 where setting it back to its prior mean would change less than sampling does. Around a
-    prior mean of 0 this is the ratio by which Bayesian networks are pruned (Blundell et al. 2015, "Weight uncertainty
-    in neural networks"); around another, |mean| / s would tell the weight that one began with, not what was learned.
-    The median stands for the typical feature; a mean would stand for the few surest.
+    The signal is the distance of a feature's mean from its prior mean, the noise its posterior deviation. The ratio is
+    0 for a feature that has not moved, and far below 1 if a reset to the prior mean would change less than sampling
+    does. For a prior mean of 0 it is the ratio by which Bayesian networks are pruned (Blundell et al. 2015, "Weight
+    uncertainty in neural networks"); for another, |mean| / s would show the initial weight, not what was learned. The
+    median describes the typical feature; a mean would be dominated by a few features with large ratios.
 
-    A feature of less than 0.01 nats lies within 0.15 prior deviations of its prior mean, with a deviation within 11 %
-    of the prior's. Whoever sees one draw tells posterior from prior in at most 53.6 % of cases (Pinsker's inequality):
-    nothing was learned about it, or the KL weighs too much.
+    The mean of a feature with less than 0.01 nats is within 0.15 prior deviations of its prior mean, its deviation
+    within 11 % of the prior's. From one draw, an observer tells posterior from prior in at most 53.6 % of cases
+    (Pinsker's inequality). Either nothing was learned about the feature, or the weight of the KL is too large.
 
-    It counts the layers of `klnorm.kl_layers(model)`, in training as in evaluation mode, and leaves no gradient. A GPU
-    is waited for once. Parameters sharded by FSDP2 are gathered, so every rank has to call it.
+    The layers are those of `klnorm.kl_layers(model)`, in training and evaluation mode. The call computes no gradient
+    and waits for a GPU once. It gathers parameters sharded by FSDP2, so every rank has to call it.
 
     Args:
         model: any nn.Module with KL layers.
         threshold: in nats, > 0.
 
     Returns:
-        A `Summary`: prints as a table; `.layers[name]` and `.total` have `.kl`, `.scale` and `.shift` (None for a layer
-        without), and these `.features`, `.kl`, `.deviation`, `.snr` and `.fallen_back`, computed in fp64;
+        A `Summary`, which prints as a table. `.layers[name]` and `.total` have `.kl`, `.scale` and `.shift` (None
+        without a shift); these have `.features`, `.kl`, `.deviation`, `.snr` and `.fallen_back`, computed in fp64.
         `.as_dict()` is flat, for a logger.
 
     Raises:
@@ -180,7 +179,7 @@ def summary(model: nn.Module, *, threshold: float = 0.01) -> Summary:
 
 @torch.no_grad()
 def _parts(layers, threshold):
-    """(name of a layer, "scale" or "shift") -> Part; the name is None for all layers together."""
+    """Return {(name of a layer, "scale" or "shift"): Part}; the name None stands for all layers together."""
     features = {
         (name, part): _features(name, layer, part)
         for part, mean in _MEANS.items()
@@ -200,7 +199,7 @@ def _parts(layers, threshold):
 
 
 def _features(name, layer, part):
-    """KL, deviation and signal to noise of every feature, (3, features) in fp64."""
+    """Return KL, deviation and signal to noise of every feature, (3, features) in fp64."""
     tensors = [tensor.double().flatten() for tensor in _tensors(name, layer, part).values()]
     if layer.posterior == "deterministic":
         weight, mean, prior = (*tensors, *[torch.zeros_like(tensors[0])] * 2)[:3]
@@ -213,7 +212,7 @@ def _features(name, layer, part):
 
 
 def _tensors(name, layer, part):
-    """What a part's numbers are made of, by name: mean, rho and prior mean, gathered where they are sharded."""
+    """Return {name: tensor} of the tensors that a part's numbers are computed from; gathers sharded ones."""
     mean = _MEANS[part]
     keys = (mean, f"{mean}_rho", f"{mean}_prior") if layer.posterior == "sampled" else ("weight", "bias", "bias_prior")
     tensors = layer.posterior_and_prior()._asdict()
@@ -224,9 +223,9 @@ def _tensors(name, layer, part):
 
 
 def _reduce(features, threshold):
-    """The numbers of a Part, (4,), from (3, features)."""
+    """Return the numbers of a Part, (4,): `features` (3, features) is the result of `_features`."""
     kl, deviation, snr = features
-    ordered, half = snr.sort().values, (len(snr) - 1) / 2  # torch.median would take the lower of two in the middle
+    ordered, half = snr.sort().values, (len(snr) - 1) / 2  # torch.median returns the lower of two middle values
     median = (ordered[math.floor(half)] + ordered[math.ceil(half)]) / 2
     return torch.stack([kl.sum(), deviation.mean(), median, (kl < threshold).double().mean()])
 

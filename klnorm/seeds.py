@@ -1,9 +1,9 @@
-"""Seeds of the noise from torch's generators, on CUDA without a kernel of their own.
+"""Draws the noise's seeds from torch's generators; on CUDA without launching a kernel.
 
-A CUDA generator is a seed and an offset, both known to the host, which every random operation moves on. They name a
-place in a stream, so a 64-bit key can be made of them on the host: the output at that place of SplitMix64 (Steele, Lea
-and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) under a mixed seed. What restores a
-generator's state, `torch.manual_seed` or activation checkpointing, restores the key.
+A CUDA generator is a seed and an offset, both known to the host; every random operation increases the offset. The host
+computes a 64-bit key from them: the output of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014) at that offset, with the mixed seed as its state. `torch.manual_seed` and activation
+checkpointing restore seed and offset, so they restore the key too.
 """
 
 import functools
@@ -18,7 +18,7 @@ _lock = threading.Lock()  # two threads must not read the same offset
 
 
 def mix64(z):
-    """SplitMix64's finalizer, a permutation of 64-bit numbers."""
+    """Apply SplitMix64's finalizer, a permutation of 64-bit numbers."""
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
     return z ^ z >> 31
@@ -30,7 +30,7 @@ def _mixed_seed(seed):
 
 
 def known_to_host(x):
-    """Whether a generator for `x` is at a place that the host knows: on CUDA, but not while a graph is captured."""
+    """Whether the host knows the offset of a generator for `x`: on CUDA, except during graph capture."""
     return x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
@@ -39,9 +39,9 @@ def default_generator(device):
 
 
 def draw_key(generator):
-    """A key in [2^62, 2^63), an int, of where `generator` stands; moves it on.
+    """Return a key for the present state of `generator`, an int in [2^62, 2^63), and advance the generator.
 
-    The upper bits are fixed as Triton compiles a kernel anew for an integer of another width or sign.
+    The upper bits are fixed because Triton compiles a kernel anew for an integer of another width or sign.
     """
     with _lock:
         offset = generator.get_offset()

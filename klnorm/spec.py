@@ -1,4 +1,4 @@
-"""What is to be computed, beside the tensors: one description that every part between layer and kernel passes on."""
+"""Descriptions of a computation that layers, operators and launches hand to each other."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import torch
 
 
 class Parameters(NamedTuple):
-    """The posterior's means, its deviations before softplus, and the prior's means; None where there is none."""
+    """The posterior's means, its deviations before softplus, and the prior's means; None for absent tensors."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -19,7 +19,7 @@ class Parameters(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """The prior's means where no tensor gives them, and its deviation."""
+    """The prior's deviation, and its means for `Parameters` that have no tensor of them."""
 
     weight: float
     bias: float
@@ -27,12 +27,12 @@ class Prior(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """How rows fall into groups with parameters of their own, and into draws of noise.
+    """Which group of parameters and which draw of noise each row uses.
 
-    Row r belongs to group r // group_rows and uses draw (r // inner) % draws. `per_head`: it is row k = r // groups of
-    group r % groups, its head, and uses draw (k // inner) % draws of this head's own; that of head h counts as
-    draw * groups + h among all. `noise`: "none" in evaluation, "merged" where every row has a draw of its own, which is
-    its number, else "shared".
+    Row r belongs to group r // group_rows and uses draw (r // inner) % draws. With `per_head` groups are heads: row r
+    is row k = r // groups of head h = r % groups and uses that head's draw d = (k // inner) % draws, number d * groups
+    + h among all draws. `noise`: "none" without sampling; "merged" if every row has its own draw, numbered like the
+    row; else "shared".
     """
 
     n_rows: int
@@ -54,9 +54,9 @@ class Rows(NamedTuple):
 
     @property
     def in_group(self):
-        """(draws, inner) inside a group: its row i uses draw `first_draw` + `step` * ((i // inner) % draws).
+        """Return (draws, inner) inside a group: its row i uses draw `first_draw` + `step` * ((i // inner) % draws).
 
-        None where groups and draws cut each other.
+        None if rows of a group and rows of a draw overlap only in part.
         """
         rows, cycle = self.group_rows, self.draws * self.inner
         if self.noise != "shared" or not rows:
@@ -69,31 +69,31 @@ class Rows(NamedTuple):
 
     @property
     def step(self):
-        """From a row of a group to its next, and from a draw to the next."""
+        """The distance between successive rows of a group, and between its draws."""
         return self.groups if self.per_head else 1
 
     def first_row(self, group):
         return group if self.per_head else group * self.group_rows
 
     def first_draw(self, group):
-        """The draw of a group's first row; 0 where rows share no draws."""
+        """Return the draw of a group's first row; 0 if rows share no draws."""
         if self.noise != "shared" or not self.n_rows:
             return 0
         return group if self.per_head else self.first_row(group) // self.inner % self.draws
 
     @property
     def kl_shape(self):
-        """One number for every group; a scalar for a group alone that is no head."""
+        """The shape of the KL: one number per group or head; a scalar for a single group that is not a head."""
         return (self.groups,) if self.groups > 1 or self.per_head else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
-    """`kind`: "layer" or "rms"; `posterior`: "sampled" or "deterministic"; `n_cols`: features of a row; `dtypes`: of x,
-    the residual and the `Parameters`, None for what there is not; `out_dtype`: of y; `weight_offset`: added to the
-    weight, it gives the scale.
+    """Everything about a call except its tensors and seed. `make_spec` makes one object per value, so that caches can
+    look up a Spec by its identity.
 
-    There is one Spec of the same fields, see `make_spec`, so that what is worked out for it is found by its identity.
+    `kind`: "layer" or "rms"; `posterior`: "sampled" or "deterministic"; `n_cols`: features of a row; `dtypes`: of x,
+    the residual and the `Parameters`, None for absent tensors; `out_dtype`: of y; scale = `weight_offset` + weight.
     """
 
     kind: str
@@ -108,7 +108,7 @@ class Spec:
 
     @property
     def numbers(self):
-        """As the operator of the backward takes it, see `klnorm.ops`."""
+        """The numbers that the backward operator takes, in its order, see `klnorm.ops`."""
         rows = self.rows
         layout = rows.draws, rows.inner, rows.groups, rows.per_head
         return *self.prior, self.eps, self.weight_offset, *layout, self.kind == "rms", self.dtypes[0]
@@ -116,18 +116,18 @@ class Spec:
 
 @functools.lru_cache(4096)
 def make_spec(kind, posterior, eps, prior, n_cols, rows, dtypes, out_dtype=None, weight_offset=0.0):
-    """The Spec of these fields; an `out_dtype` of None is that of x."""
+    """Return the Spec with these fields; an `out_dtype` of None stands for the dtype of x."""
     out_dtype = dtypes[0] if out_dtype is None else out_dtype
     return Spec(kind, posterior, eps, prior, n_cols, rows, dtypes, out_dtype, weight_offset)
 
 
 def dtypes_of(*tensors):
-    """As a Spec has them."""
+    """Return the dtypes of tensors, None for None."""
     return tuple([None if t is None else t.dtype for t in tensors])
 
 
 def empty_like(tensor, dtype=None):
-    """Contiguous, of its own dtype or another; None for None."""
+    """Return contiguous memory in the shape of `tensor`, in its dtype unless `dtype` is given; None for None."""
     if tensor is None:
         return None
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""What a training loop needs beside the model: parameter groups for the optimizer, and the weight of the KL."""
+"""Parameter groups for the optimizer, and the weight of the KL divergence in the loss."""
 
 import math
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ _NORMS = KLNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._N
 def param_groups(
     model: nn.Module, lr: float, *, rho_lr: float = 1e-2, weight_decay: float = 0.01
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimizer: the deviations of klnorm layers need a rate of their own.
+    """Return parameter groups for a torch optimizer; the deviations of klnorm layers get their own learning rate.
 
-    At most three groups, in this order, each with its "name"; every trainable parameter is in exactly one:
+    There are up to three groups, in this order; every trainable parameter is in exactly one:
 
-    - "decay": all that the others leave, at `lr` with `weight_decay`;
+    - "decay": all other parameters, at `lr` with `weight_decay`;
     - "no_decay": the parameters of normalization layers, and all biases, at `lr` without decay;
     - "rho": `weight_rho` and `bias_rho` of klnorm layers, at `rho_lr` without decay.
 
-    Normalization layers are those of torch.nn and its subclasses, and modules of a class whose name ends in "Norm".
-    Call it after `klnorm.replace_layer_norm`, and again after freezing or unfreezing parameters.
+    Normalization layers are those of torch.nn, their subclasses, and modules of a class whose name ends in "Norm".
+    Call this after `klnorm.replace_layer_norm`, and again after freezing or unfreezing parameters.
 
     Args:
         model: any nn.Module, wrapped (DistributedDataParallel, PEFT, torch.compile) or not.
@@ -37,7 +37,7 @@ def param_groups(
         List of dicts with the keys "name", "params", "lr" and "weight_decay".
 
     Raises:
-        TypeError: `model` is not an nn.Module, or a number is none.
+        TypeError: `model` is not an nn.Module, or another argument is not a number.
         ValueError: a number is out of range, or no parameter of `model` is trainable.
 
     Example:
@@ -71,7 +71,7 @@ def param_groups(
 
 
 def _special_parameters(model):
-    """Parameter -> the name of its group, for those that are not in "decay"."""
+    """Return {parameter: name of its group} for the parameters that are not in "decay"."""
     special = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -90,32 +90,32 @@ class KLWeight:
         value = max_weight * min(1, steps / warmup_steps) / N        or  / D instead of  / N
         loss  = mean over examples of -log p(target | x)  +  value * KL
 
-    With N, `num_examples`, and a `max_weight` of 1 the loss is the negative evidence lower bound per example; with less
-    the posterior is "cold". With D, `per_parameter`, it has the KL per scale and shift
-    (`arXiv 2502.01861 <https://arxiv.org/abs/2502.01861>`_), for where the bound lets the prior win. The warm-up starts
-    at 0 and lets the means settle first.
+    With N, `num_examples`, and a `max_weight` of 1 the loss is the negative evidence lower bound per example; with a
+    smaller `max_weight` the posterior is "cold". With D, `per_parameter`, the KL is averaged over scales and shifts
+    (`arXiv 2502.01861 <https://arxiv.org/abs/2502.01861>`_): use it if weighting by 1 / N pulls posteriors to the
+    prior. The warm-up starts at 0, so that the means settle first.
 
-    Give exactly one of `num_examples` and `per_parameter`. Under gradient accumulation divide the whole loss, KL
-    included, by the number of micro-batches, and call `step` with the optimizer, not with the micro-batch. Where
-    gradients are averaged over processes each adds the same KL, which counts once then.
+    Give exactly one of `num_examples` and `per_parameter`. Under gradient accumulation, divide the whole loss, KL
+    included, by the number of micro-batches, and call `step` once per optimizer step. With gradients averaged over
+    processes, every process adds the same KL, so it counts once.
 
     Args:
-        num_examples: N, what the loss is a mean over, counted in the whole training set and over all processes:
-            examples, or target tokens for a language model; int >= 1.
-        per_parameter: nn.Module whose random scales and shifts are counted now, those of a shared layer once: D.
+        num_examples: N, the number of examples in the whole training set, over all processes; target tokens for a
+            language model, whose loss is a mean over tokens; int >= 1.
+        per_parameter: nn.Module; D is the present number of its random scales and shifts, those of a shared layer once.
         warmup_steps: calls of `step` until the weight is full; int >= 0.
         max_weight: the weight of KL / N or KL / D after the warm-up, >= 0.
-        device: where the model is. Needed where the first call is compiled by torch.compile or captured into a CUDA
-            graph; elsewhere the first call finds out. `step` changes the weight on that device, so that replays of a
-            captured step see the warm-up.
+        device: of the model. Needed if torch.compile compiles the first call or a CUDA graph captures it; otherwise the
+            first call finds the device. `step` changes the weight on that device, so that replays of a captured step
+            see the warm-up.
 
     Attributes:
         steps: calls of `step` so far. value: the weight now, a float.
 
     Raises:
         TypeError: `num_examples` or `warmup_steps` is no int, `per_parameter` no nn.Module, `max_weight` no number.
-        ValueError: both or neither of the first two are given, a number is out of range, or there is no KL layer. In a
-            call: it is captured into a CUDA graph and `device` was not given, nor has there been a call before.
+        ValueError: both or neither of the first two are given, a number is out of range, or `per_parameter` has no KL
+            layer. From a call: a CUDA graph captures it, `device` was not given and it is the first call.
 
     Example:
         >>> model = klnorm.replace_layer_norm(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)))
@@ -158,7 +158,7 @@ class KLWeight:
         divisor = _count_random(per_parameter) if num_examples is None else num_examples
         self._full, self._warmup_steps = max_weight / divisor, warmup_steps
         self._factors: dict[torch.device, torch.Tensor] = {}
-        self.value = math.nan  # as yet
+        self.value = math.nan  # differs from every value, so that `_set_steps` sets it
         self._set_steps(0)
         for place in "cpu", "cpu" if device is None else device:
             self._factor(torch.empty(0, device=place).device)
@@ -171,22 +171,22 @@ class KLWeight:
                 factor.fill_(self.value)
 
     def _factor(self, device):
-        """The value as a tensor on `device`, one for good: captured CUDA graphs and compiled losses read it anew."""
+        """Return the value as a tensor on `device`, always the same: CUDA graphs and compiled losses read it anew."""
         factor = self._factors.get(device)
         if factor is None and torch.compiler.is_compiling():
-            return self._factors[torch.device("cpu")]  # what is made while tracing may not outlive the graph
+            return self._factors[torch.device("cpu")]  # a tensor made while tracing may not outlive the graph
         if factor is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise ValueError(
                     f"KLWeight is captured into a CUDA graph before it has a value on {device}, expected one: a replay "
                     "would not see the warm-up. Remedy: KLWeight(..., device=device), or call it once before capture."
                 )
-            with torch.inference_mode(False):  # whose tensors `step` could not change
+            with torch.inference_mode(False):  # `step` could not change a tensor of inference mode
                 factor = self._factors[device] = torch.full((), self.value, dtype=torch.float64, device=device)
         return factor
 
     def __call__(self, model: nn.Module, *, check_finite: bool | None = None) -> torch.Tensor:
-        """The term to add to the loss: `value` times `klnorm.kl_divergence(model, check_finite=check_finite)`."""
+        """Return the term for the loss: `value` times `klnorm.kl_divergence(model, check_finite=check_finite)`."""
         kl = kl_divergence(model, check_finite=check_finite)
         # A copy, so that `step` may change the value before a backward that still needs it.
         return kl * self._factor(kl.device).to(kl.device, kl.dtype, copy=True)
@@ -196,11 +196,11 @@ class KLWeight:
         self._set_steps(self.steps + 1)
 
     def state_dict(self) -> dict[str, int]:
-        """What `load_state_dict` needs to resume: the steps so far. All else comes from the constructor again."""
+        """Return the steps so far, for `load_state_dict`. Everything else comes from the constructor."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Resume from what `state_dict` returned."""
+        """Resume from the result of `state_dict`."""
         if not isinstance(state_dict, Mapping) or state_dict.keys() != {"steps"}:
             raise ValueError(
                 f"state_dict is {checks.shown(state_dict)}, expected {{'steps': ...}}. "
@@ -213,7 +213,7 @@ class KLWeight:
 
 
 def _count_random(model):
-    """How many posteriors the KL of `model` is a sum over."""
+    """Return the number of posteriors in `model`; raise ValueError if there are none."""
     checks.check_module(model, "per_parameter")
     count = sum(layer.count_posteriors() for layer in kl_layers(model).values())
     if not count:

@@ -1,4 +1,4 @@
-"""Tiles, warps, numbers of programs, and whether parameters are prepared: plain functions of the work and the device.
+"""Chooses tiles, warps, numbers of programs and the preparation of parameters, by plain functions of work and device.
 
 Tiles and warps do not depend on the number of rows, so a row's result never depends on the batch it is in.
 """
@@ -9,18 +9,18 @@ from typing import NamedTuple
 REGISTER_WIDTH = 8192  # widest row kept whole in registers
 REGISTER_WIDTH_FP64 = 2048
 
-# A separate kernel prepares the parameters of an input with more elements than this, and with at least so many rows a
-# draw: what it writes then takes no more memory than the rows do in 16 bits.
+# A separate kernel prepares parameters if the input has more elements than this and at least so many rows per draw: its
+# output then takes no more memory than the rows in 16 bits.
 PREPARED_ELEMENTS = 1 << 20
 PREPARED_ROWS = 4
 
-PREFETCHED_BYTES = 16 << 10  # rows up to this size are prefetched two ahead, longer ones one ahead
+PREFETCHED_BYTES = 16 << 10  # kernels prefetch rows up to this size two ahead, longer ones one ahead
 
-PARTIAL_BYTES = 32 << 20  # a backward may write partial sums of this size, or of a quarter of its input if that is more
+PARTIAL_BYTES = 32 << 20  # limit of a backward's partial sums, or a quarter of its input if that is more
 
 
 class Shape(NamedTuple):
-    """A tile of `block_m` rows x `block_n` features, worked on by `num_warps` warps.
+    """A tile of `block_m` rows x `block_n` features, processed by `num_warps` warps.
 
     Loops over rows prefetch in `num_stages`; `per_multiprocessor` programs of a persistent kernel run at once.
     """
@@ -37,14 +37,14 @@ def next_power_of_2(n):
 
 
 def is_wide(n_cols, itemsize):
-    """Whether rows of `n_cols` features of `itemsize` bytes are worked through in pieces."""
+    """Whether kernels process a row of `n_cols` features of `itemsize` bytes in pieces."""
     return n_cols > (REGISTER_WIDTH_FP64 if itemsize == 8 else REGISTER_WIDTH)
 
 
 def prepares(rows, n_cols):
-    """Whether a separate kernel prepares the parameters, instead of every program for its own rows.
+    """Whether a separate kernel prepares the parameters; otherwise every program does so for its own rows.
 
-    That launch costs the host 10 us and the device 2.5 us, which small work does not repay.
+    That launch costs the host 10 us and the device 2.5 us, more than it saves on small inputs.
     """
     draws, _ = rows.in_group
     return (
@@ -58,7 +58,7 @@ def prepare_shape(n_cols):
 
 @functools.lru_cache(1024)
 def forward_shape(n_cols, itemsize):
-    """A thread has 32 features of a row; of wide rows, which are read in pieces, 8 or 16 of a piece."""
+    """Return a shape in which a thread has 32 features of a row; of wide rows, 8 or 16 features of a piece."""
     block_n, size = _block(n_cols), max(1, itemsize // 4)
     if is_wide(n_cols, itemsize):
         return Shape(1, 4096 // size, 8)
@@ -69,11 +69,11 @@ def forward_shape(n_cols, itemsize):
 
 @functools.lru_cache(1024)
 def backward_shape(n_cols, itemsize, merged):
-    """Shape for rows that registers hold whole; `merged`: every row has its own noise, and a feature four sums.
+    """Return the shape for rows that fit into registers; `merged`: rows have their own noise, and a feature four sums.
 
-    As many programs run as registers allow, up to 12 warps a multiprocessor. A thread has 16 features. It has 32 of
-    narrow and of very wide rows with shared noise, and two times 16 where it takes `merged` rows in halves. Rows of
-    more than 16 KB are prefetched one ahead instead of two, because most GPUs have less shared memory than an H100.
+    As many programs run as registers allow, up to 12 warps per multiprocessor. A thread has 16 features; 32 for narrow
+    and for very wide rows with shared noise; twice 16 if it takes `merged` rows in halves. Rows of more than 16 KB are
+    prefetched one ahead instead of two, because most GPUs have less shared memory than an H100.
     """
     block_n, size = _block(n_cols), max(1, itemsize // 4)
     num_stages = 3 if block_n * itemsize <= PREFETCHED_BYTES else 2
@@ -92,20 +92,20 @@ def dx_wide_shape(n_cols, itemsize):
 
 
 def sums_wide_shape(n_cols, itemsize, merged):
-    """Shape for the column sums of wide rows: a thread has 8 features, which are 16 bytes of an operand in 16 bits."""
+    """Return the shape for column sums of wide rows: a thread has 8 features, 16 bytes of an operand in 16 bits."""
     return Shape(1, 1024 // max(1, itemsize // 4), 4, 1 if merged else 4, 5 if merged else 4)
 
 
 def finalizer_shape(n_cols):
-    """A program adds up 256 partial sums of 8 features at a time."""
+    """Return the finalizer's shape: a program adds up 256 partial sums of 8 features at a time."""
     return Shape(256, 8, 4)
 
 
 @functools.lru_cache(1024)
 def backward_programs(rows, shape, n_cols, itemsize, multiprocessors):
-    """(programs that share the rows of each group of `Rows`, whether a program has several draws).
+    """Return (number of programs that share the rows of each group of `Rows`, whether a program has several draws).
 
-    There are no more programs than run at once, and no more than PARTIAL_BYTES allow, as each writes partial sums.
+    There are no more programs than can run at once, and no more than PARTIAL_BYTES allow: each writes partial sums.
     """
     draws, _ = rows.in_group
     pieces = -(-n_cols // shape.block_n) if is_wide(n_cols, itemsize) else 1

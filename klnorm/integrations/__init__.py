@@ -1,1 +1,1 @@
-"""klnorm in training frameworks: one module each, imported by name, which imports its framework."""
+"""klnorm in training frameworks: one module for each, which imports its framework and has to be imported by name."""

@@ -10,18 +10,18 @@ from ..training import KLWeight
 class KLCallback(Callback):
     """Adds the gradient of the weighted KL divergence once per optimizer step, and logs `kl` (nats) and `kl_weight`.
 
-    `training_step` stays as it is and returns the loss of the data, without the KL. The gradient is added when those of
-    all micro-batches and processes are together, unscaled, and before they are clipped, so `accumulate_grad_batches`,
-    gradient clipping, mixed precision and DDP need no thought. Steps are counted in `kl_weight`, which checkpoints save
-    and restore. Of several optimizers each that holds posteriors gets their gradient, and its steps are counted.
+    `training_step` stays as it is and returns the loss of the data, without the KL. The callback adds the gradient
+    after those of all micro-batches and processes are combined and unscaled, and before they are clipped, so it works
+    with `accumulate_grad_batches`, gradient clipping, mixed precision and DDP. It counts steps in `kl_weight`, which
+    checkpoints save and restore. Every optimizer that holds posteriors gets their gradient, and its steps are counted.
 
     Args:
         kl_weight: a `klnorm.KLWeight`.
 
     Raises:
         TypeError: `kl_weight` is not a KLWeight.
-        ValueError: in training, for a model without KL layers, and for a fused optimizer under a gradient scaler: its
-            gradients are still scaled.
+        ValueError: in training, if the model has no KL layers, or the optimizer is fused under a gradient scaler:
+            gradients are then still scaled.
 
     Example:
         >>> from lightning.pytorch import LightningModule, Trainer
@@ -61,7 +61,7 @@ class KLCallback(Callback):
             return
         _check_unscaled(trainer, optimizer)
         kl = kl_divergence(pl_module)
-        # Not backward(): DDP would take it for another round of its own.
+        # Not backward(), which would start another reduction of DDP.
         gradients = torch.autograd.grad(kl * self.kl_weight.value, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -15,25 +15,24 @@ from ..training import KLWeight, param_groups
 class KLTrainerMixin:
     """Adds the weighted KL divergence to the training loss of a `transformers.Trainer`, and nothing to evaluation.
 
-    Put it before the Trainer class: `class MyTrainer(KLTrainerMixin, Seq2SeqTrainer)`. What computes the loss stays in
-    charge of it: the model, label smoothing, `compute_loss_func` or a `compute_loss` of your own further up. The KL
-    enters an optimizer step once, whatever `gradient_accumulation_steps`, `num_items_in_batch` and the number of
-    processes are. The logs of training gain `kl` (nats) and `kl_weight`, of the last forward before the step; `loss` is
-    the sum.
+    Put it before the Trainer class: `class MyTrainer(KLTrainerMixin, Seq2SeqTrainer)`. The loss itself is computed as
+    before: by the model, label smoothing, `compute_loss_func` or the `compute_loss` of a base class. The KL counts once
+    per optimizer step for any `gradient_accumulation_steps`, `num_items_in_batch` and number of processes. Training
+    logs get `kl` (nats) and `kl_weight` of the last forward before the step; `loss` is the sum.
 
     Some heads of transformers, BertForSequenceClassification among them, take `num_items_in_batch` and ignore it. Their
     loss, not the KL, then counts `gradient_accumulation_steps` times. Remedy: `model.accepts_loss_kwargs = False`
     before the Trainer is made.
 
-    Unless an optimizer is given, Trainer's own is made with `klnorm.param_groups`, from the `learning_rate` and
-    `weight_decay` of TrainingArguments; the scheduler scales every group. `kl_weight.steps` is kept at Trainer's
-    `global_step`, which its checkpoints save, so `resume_from_checkpoint` resumes the warm-up.
+    Unless an optimizer is given, Trainer makes its own with `klnorm.param_groups`, from the `learning_rate` and
+    `weight_decay` of TrainingArguments; the scheduler scales every group. `kl_weight.steps` follows Trainer's
+    `global_step`, which checkpoints save, so `resume_from_checkpoint` resumes the warm-up.
 
     Args:
-        kl_weight: a `klnorm.KLWeight`. None: KL / N with N = len(train_dataset), which is meant for a loss per
-            example; for one per token give the number of target tokens.
+        kl_weight: a `klnorm.KLWeight`. None: KL / N with N = len(train_dataset), for a loss that is a mean over
+            examples; for a mean over tokens pass a KLWeight with the number of target tokens.
         rho_lr: learning rate of the deviations, > 0.
-        others: as for the Trainer.
+        Other arguments: as for the Trainer.
 
     Raises:
         TypeError: `kl_weight` is not a KLWeight, `rho_lr` not a number.
@@ -72,14 +71,14 @@ class KLTrainerMixin:
             self.add_callback(_FollowGlobalStep(kl_weight))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss; in training mode with the weighted KL added. Arguments and result are Trainer's."""
+        """Return Trainer's loss, in training mode with the weighted KL added. Arguments and result are Trainer's."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             loss = loss + self._weighted_kl(model, num_items_in_batch).to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
     def _weighted_kl(self, model, num_items_in_batch):
-        """What one micro-batch adds to its loss, so that the KL counts once over those of an optimizer step."""
+        """Return the term for one micro-batch, such that the KL counts once per optimizer step."""
         if self.kl_weight is None:
             raise ValueError(
                 "kl_weight is None and train_dataset has no length, expected one of them: the KL is weighted by 1 / N. "
@@ -91,7 +90,7 @@ class KLTrainerMixin:
         return kl * (self.kl_weight.value / shares)
 
     def _is_already_scaled(self, num_items_in_batch):
-        """Whether Trainer takes the loss as scaled for gradient accumulation: as `Trainer.training_step` decides."""
+        """Whether Trainer takes the loss as scaled for gradient accumulation: the condition in its `training_step`."""
         declared = getattr(self, "loss_is_scaled_for_ga", None)
         if declared is not None:
             return declared
@@ -100,13 +99,13 @@ class KLTrainerMixin:
         )
 
     def log(self, logs, *args, **kwargs):
-        """As Trainer's, with `kl` and `kl_weight` where the training loss is logged."""
+        """Log as Trainer does, with `kl` and `kl_weight` beside the training loss."""
         if "loss" in logs:
             logs = {**logs, **{name: float(value) for name, value in self._kl_logs.items()}}
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model=None):
-        """As Trainer's, with the groups of `klnorm.param_groups`; an optimizer that was given stays as it is."""
+        """Make Trainer's optimizer with the groups of `klnorm.param_groups`; keep an optimizer that was given."""
         if self.optimizer is not None:
             return super().create_optimizer(model)
         target = self.model if model is None else model
@@ -119,7 +118,7 @@ class KLTrainerMixin:
             rho_lr=self.rho_lr,
             weight_decay=self.args.weight_decay,
         )
-        self.optimizer_cls_and_kwargs = cls, {**kwargs, "params": groups}  # "params" stand in for Trainer's own groups
+        self.optimizer_cls_and_kwargs = cls, {**kwargs, "params": groups}  # "params" replaces Trainer's groups
         try:
             return super().create_optimizer(model)
         finally:
@@ -131,7 +130,7 @@ class KLTrainer(KLTrainerMixin, Trainer):
 
 
 class _FollowGlobalStep(TrainerCallback):
-    """Keeps a KLWeight at the optimizer steps that Trainer counts, saves and restores."""
+    """Sets the steps of a KLWeight to the optimizer steps that Trainer counts, saves and restores."""
 
     def __init__(self, kl_weight):
         self.kl_weight = kl_weight
@@ -143,14 +142,14 @@ class _FollowGlobalStep(TrainerCallback):
 
 
 class _RequireKLLayers(TrainerCallback):
-    """Raises before a training that would have no KL; evaluation needs none."""
+    """Raises ValueError when a training starts without KL layers; evaluation needs none."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         some_kl_layers(model, "the KL divergence in the loss would be 0")
 
 
 def _check_groupable(cls, kwargs):
-    """Raise for what Trainer makes without groups of its own: GaLore, APOLLO, LOMO, and factories such as Muon's."""
+    """Raise for an optimizer that cannot take other groups: GaLore, APOLLO, LOMO, and factories such as Muon's."""
     own = {"params", "model", "optimizer_dict"} & kwargs.keys()
     if own or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(

@@ -3,7 +3,7 @@
 posterior  gamma_j ~ N(weight_j, s_j^2), s = softplus(weight_rho);   beta_j ~ N(bias_j, t_j^2), t = softplus(bias_rho)
 prior      gamma_j ~ N(weight_prior_j, p^2);                         beta_j ~ N(bias_prior_j, p^2)
 
-Deterministic reading, without rho: y_j itself is taken for N(bias_j, weight_j^2), with the prior N(bias_prior_j, p^2).
+Deterministic reading, without rho: y_j itself is treated as N(bias_j, weight_j^2), with the prior N(bias_prior_j, p^2).
 """
 
 import math
@@ -19,18 +19,18 @@ Noise = Literal["batch", "sample", "token"]  # which rows share a draw
 Posterior = Literal["sampled", "deterministic"]  # how to read KL-Norm
 
 TINY_RHO = -40.0  # below it softplus(rho) = exp(rho) to the last bit of fp64
-# Deterministic reading: |weight| is taken for sqrt(weight^2 + (FLOOR p)^2) inside the logarithm. At weight = 0 the KL
-# is then log(1000) - 1/2 nats, not infinite, and its slope at most 500 / p; at |weight| = p / 10 it is 5e-5 nats off.
+# Deterministic reading: sqrt(weight^2 + (FLOOR p)^2) replaces |weight| in the logarithm. At weight = 0 the KL is then
+# log(1000) - 1/2 nats, not infinite, and its slope is at most 500 / p; at |weight| = p / 10 it is 5e-5 nats off.
 FLOOR = 1e-3
 
 
 def accumulation_dtype(x):
-    """The dtype of all arithmetic on `x`: fp64 for fp64, else fp32."""
+    """Return the dtype of all arithmetic on `x`: fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def draw_layout(shape, n_normalized, noise, sample_dim):
-    """(draws, inner) of an input: row r uses draw (r // inner) % draws.
+    """Return (draws, inner) of an input: row r uses draw (r // inner) % draws.
 
     `shape` is the whole shape of x, the last `n_normalized` dimensions of which are normalized together.
     """
@@ -45,41 +45,41 @@ def draw_layout(shape, n_normalized, noise, sample_dim):
 
 
 def softplus(rho):
-    """The deviation log(1 + exp(rho)), to the last bit: above the threshold that is rho itself, in fp64 too."""
+    """Return the deviation log(1 + exp(rho)); above the threshold it is rho to the last bit of fp64."""
     return F.softplus(rho, threshold=-TINY_RHO)
 
 
 def log_softplus(rho):
-    """log(softplus(rho)), which is rho itself where softplus(rho) may underflow."""
+    """Return log(softplus(rho)); that is rho itself where softplus(rho) may underflow."""
     return torch.where(rho < TINY_RHO, rho, softplus(rho.clamp(min=TINY_RHO)).log())
 
 
 def kl_normal(
     mean: torch.Tensor, rho: torch.Tensor, prior_mean: float | torch.Tensor, prior_std: float
 ) -> torch.Tensor:
-    """KL(N(mean, softplus(rho)^2) || N(prior_mean, prior_std^2)), element by element, in nats."""
+    """Return KL(N(mean, softplus(rho)^2) || N(prior_mean, prior_std^2)), element by element, in nats."""
     s, p = softplus(rho), prior_std
     return math.log(p) - log_softplus(rho) + (s**2 + (mean - prior_mean) ** 2) / (2 * p**2) - 0.5
 
 
 def kl_deterministic(weight, bias, bias_prior, prior_std):
-    """KL(N(bias, weight^2) || N(bias_prior, prior_std^2)), element by element, in nats; floored in the logarithm."""
+    """Return KL(N(bias, weight^2) || N(bias_prior, prior_std^2)) by element, in nats, with `FLOOR` in the logarithm."""
     std, mean = weight / prior_std, (bias - bias_prior) / prior_std
     return -0.5 * (std**2 + FLOOR**2).log() + (std**2 + mean**2) / 2 - 0.5
 
 
 def row_mean(rows):
-    """Mean (M, 1) of every row, taken of the distances from its first feature.
+    """Return the mean (M, 1) of every row, computed from the distances to its first feature.
 
-    The mean of equal numbers is then that number to the last bit. Their sum would be rounded, and 1 / sqrt(eps) would
-    make a thousand or a million times that error of it.
+    The mean of equal numbers is then exactly that number. A plain sum would be rounded, and the factor 1 / sqrt(eps)
+    would amplify the error a thousand or a million times.
     """
-    first = rows[:, :1].detach()  # no part of the derivative, which is 1 / N
+    first = rows[:, :1].detach()  # the derivative of the mean, 1 / N, needs no part of it
     return first + (rows - first).mean(1, keepdim=True)
 
 
 def residual_sum(x, residual):
-    """x + residual in the dtype of the residual, rounded once; x without one."""
+    """Return x + residual in the dtype of the residual, rounded once; x if the residual is None."""
     if residual is None:
         return x
     acc = accumulation_dtype(x)
@@ -87,7 +87,7 @@ def residual_sum(x, residual):
 
 
 def reciprocal_root(variance):
-    """1 / sqrt(variance); 0 with derivative 0 for a row without spread where eps is 0, whose xhat is 0."""
+    """Return 1 / sqrt(variance); 0 with derivative 0 for variance 0: without eps, a row of equal numbers has xhat 0."""
     spread = variance != 0
     return torch.where(spread, torch.where(spread, variance, 1).rsqrt(), 0)
 
@@ -115,9 +115,9 @@ def kl_layer_norm(
     weight_offset: float = 0.0,
     per_head: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """The specification of `klnorm.functional.kl_layer_norm`: same arguments, same results, nothing checked.
+    """The specification of `klnorm.functional.kl_layer_norm`: same arguments and results, without checks.
 
-    A seed of None is drawn from torch's generator or `generator`, on the CPU the one that is drawn there.
+    A seed of None is drawn from `generator` or torch's own; on the CPU it is the seed that the functional form draws.
     """
     parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
     draw = noise, sample_dim, sample and posterior == "sampled", seed, generator, per_head
@@ -147,7 +147,7 @@ def kl_rms_norm(
     weight_offset: float = 0.0,
     per_head: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """The specification of `klnorm.functional.kl_rms_norm`, likewise."""
+    """The specification of `klnorm.functional.kl_rms_norm`: same arguments and results, without checks."""
     parameters = weight, bias, weight_rho, bias_rho, weight_prior, bias_prior
     draw = noise, sample_dim, sample and posterior == "sampled", seed, generator, per_head
     eps = torch.finfo(accumulation_dtype(x)).eps if eps is None else eps
@@ -157,10 +157,10 @@ def kl_rms_norm(
 
 
 def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, centre, out_dtype, offset):
-    """(y, kl), or (y, sum, kl) with a residual; `centre`: what is taken off the rows (M, N).
+    """Return (y, kl), or (y, sum, kl) with a residual; `centre(rows)` is subtracted from the rows (M, N).
 
-    Parameters may be (G, *normalized_shape): row r of M then has those of group r // (M / G) or, `per_head`, of r % G,
-    which is the head of the row, and kl is (G,).
+    Parameters may be (G, *normalized_shape): row r of M then has those of group r // (M / G), or with `per_head` those
+    of head r % G, and kl is (G,).
     """
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
     acc, n = accumulation_dtype(x), math.prod(shape)
@@ -182,7 +182,7 @@ def _kl_norm(x, residual, normalized_shape, parameters, prior_std, eps, draw, ce
 
 
 def _kl(w, b, w_rho, b_rho, w_prior, b_prior, prior_std, offset):
-    """KL divergence (G,) of parameters (G, N)."""
+    """Return the KL divergence (G,) of parameters (G, N)."""
     if w_rho is None:
         return kl_deterministic(offset + w, torch.zeros_like(w) if b is None else b, b_prior, prior_std).sum(1)
     kl = kl_normal(w, w_rho, w_prior, prior_std).sum(1)
@@ -190,10 +190,10 @@ def _kl(w, b, w_rho, b_rho, w_prior, b_prior, prior_std, offset):
 
 
 def _affine(xhat, w, b, w_rho, b_rho, x_shape, n_normalized, noise, sample_dim, sample, seed, generator, per_head):
-    """y (M, N) of the parameters (M, N) of every row.
+    """Return y (M, N), given the parameters (M, N) of every row.
 
-    `per_head`, x is (..., H, *normalized_shape), row r is head r % H at position r // H, and where a position uses draw
-    d its heads use draws d H + 0, ..., d H + H - 1.
+    With `per_head`, x is (..., H, *normalized_shape) and row r is head r % H at position r // H. The heads of a
+    position that uses draw d use draws d H + 0, ..., d H + H - 1.
     """
     if not sample:
         return w * xhat if b is None else w * xhat + b
@@ -212,10 +212,10 @@ def _affine(xhat, w, b, w_rho, b_rho, x_shape, n_normalized, noise, sample_dim, 
 
 
 def _merged(xhat, w, b, s, t, seed):
-    """Every row its own draw: scale and shift noise merged into one normal (local reparameterization)."""
+    """Return y where each row has its own draw: one normal for scale and shift (local reparameterization)."""
     rows = torch.arange(len(xhat), device=xhat.device)
     eps = normals(seed, rows, xhat.shape[1], MERGED_STREAM).to(xhat.dtype)
     variance = s**2 * xhat**2 + (0 if t is None else t**2)
-    # sqrt with derivative 0 at 0, where its own is infinite
+    # sqrt with derivative 0 at 0 instead of infinity
     std = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
     return w * xhat + (0 if b is None else b) + std * eps

@@ -18,14 +18,14 @@ _MASK = 0xFFFFFFFF
 
 
 def philox4x32(counter: Sequence, key: Sequence, rounds: int = ROUNDS) -> tuple:
-    """Philox4x32: four 32-bit words for a counter of four and a key of two 32-bit words.
+    """Apply Philox4x32: return four 32-bit words for a counter of four and a key of two 32-bit words.
 
     All words are int64 tensors (or integers) holding values in [0, 2^32), of shapes that broadcast.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        # The low 64 bits of a product survive the wrap-around of int64; the shift's sign extension is masked.
+        # int64 products wrap around but keep their low 64 bits; the mask removes the shift's sign extension.
         product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = (product_1 >> 32) & _MASK ^ c1 ^ k0, product_1 & _MASK
         c2, c3 = (product_0 >> 32) & _MASK ^ c3 ^ k1, product_0 & _MASK
@@ -34,7 +34,7 @@ def philox4x32(counter: Sequence, key: Sequence, rounds: int = ROUNDS) -> tuple:
 
 
 def normal_pair(word):
-    """Box-Muller on the 16-bit halves of a word, int64 in [0, 2^32): two normals in fp64."""
+    """Return two normals in fp64: Box-Muller on the 16-bit halves of a word, int64 in [0, 2^32)."""
     uniform = ((word & 0xFFFF).double() + 0.5) / 65536
     angle = (word >> 16).double() * (2 * math.pi / 65536)
     radius = torch.sqrt(-2 * torch.log(uniform))
@@ -44,12 +44,12 @@ def normal_pair(word):
 def normals(
     seed: torch.Tensor, draw: torch.Tensor, feature: int | torch.Tensor, stream: int | torch.Tensor
 ) -> torch.Tensor:
-    """Normals of the draws and features asked for.
+    """Return normals for draws and features.
 
     Args:
         seed: int64 tensor of one element.
         draw: int64 tensor (D,), each in [0, 2^32).
-        feature: number N of features, for features 0 .. N - 1; or an int64 tensor (N,) in [0, 2^35).
+        feature: N for the features 0 .. N - 1; or an int64 tensor (N,) in [0, 2^35).
         stream: SCALE_STREAM, SHIFT_STREAM or MERGED_STREAM; or a tensor (D, 1) of them.
 
     Returns:
@@ -63,7 +63,7 @@ def normals(
 
 
 def _normals_by_eight(seed, draw, eights, stream):
-    """Normals (D, 8 * len(eights)) of features 8 * e .. 8 * e + 7 for every e: one Philox call per eight."""
+    """Return normals (D, 8 * len(eights)) of features 8 * e .. 8 * e + 7 for every e: one Philox call per eight."""
     key = seed.item() & _MASK, (seed.item() >> 32) & _MASK
     zero = torch.zeros_like(eights)
     words = torch.stack(philox4x32((eights, draw[:, None], zero + stream, zero), key), dim=-1)

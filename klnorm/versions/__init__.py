@@ -1,4 +1,4 @@
-"""The version of klnorm, and of the packages that it needs; `python -m klnorm.versions` prints what is installed."""
+"""The version of klnorm, and checks of the packages it needs; `python -m klnorm.versions` prints what is installed."""
 
 import re
 from importlib import import_module
@@ -12,7 +12,7 @@ def require_versions():
 
 
 def require_triton():
-    """Raise ImportError unless triton is there and new enough. Only the kernels need it: klnorm imports without it."""
+    """Raise ImportError unless triton is new enough. Only the kernels need it: klnorm can be imported without it."""
     _require("triton", (3, 4))
 
 
@@ -31,6 +31,6 @@ def _require(package, minimum):
 
 
 def reaches(version, minimum):
-    """Compare major and minor alone: "2.6.0a0+git" is a build of 2.6, and a version without numbers somebody's own."""
+    """Whether major and minor of `version` reach `minimum`: "2.6.0a0+git" counts as 2.6; one without numbers passes."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return match is None or (int(match[1]), int(match[2])) >= minimum

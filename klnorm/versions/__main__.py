@@ -1,4 +1,4 @@
-"""What a bug report says of the place where klnorm runs.   Run: python -m klnorm.versions"""
+"""Prints the environment of klnorm for a bug report.   Run: python -m klnorm.versions"""
 
 import platform
 import subprocess
@@ -82,7 +82,7 @@ def _kernels():
 
 
 def _step(device):
-    """[y, kl, dx and the gradients of the parameters] of the same small step on any device."""
+    """Run a small step, the same on every device; return [y, kl, dx, gradients of the parameters]."""
     x, rho = torch.linspace(-1, 1, 4 * 64).sin().view(4, 64), torch.full((64,), -3.0)
     inputs = [t.to(device).requires_grad_() for t in (x, torch.ones(64), torch.zeros(64), rho, rho.clone())]
     seed = torch.tensor([1], device=device)
