@@ -103,7 +103,7 @@ def store_sums(
     if HAS_BIAS:
         _store_sum(own_ptr + BIAS_SUM * N, cols, sum_b, draw, MANY_DRAWS, N)
     if MANY_DRAWS:
-        k0, k1 = load_key(seed)  # again: what of the noise of the rows could be kept would take registers from them
+        k0, k1 = load_key(seed)  # loaded again: to keep it through the rows would cost registers
         draw_of_noise = as_int64(among_all(first_draw, draw, MODE)).to(tl.uint32)[None, None]
         z = normals(k0, k1, draw_of_noise, first_col, SCALE_STREAM, TILE.BLOCK_N, MODE.FAST)
         sum_s = sum_w * z.to(sum_w.dtype)

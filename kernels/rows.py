@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def group_start(n_draws, rows_per_draw, all_draws, all_inner, MODE: tl.constexpr):
-    """(first row, first draw) of the group of rows, with parameters of its own, that this program works for.
+    """(first row, first draw) of the group that this program works for: rows with their own parameters.
 
     Without groups, both are 0. Everything else about rows and draws is counted inside the group, see `among_all`.
     """
@@ -60,7 +60,7 @@ def group_start(n_draws, rows_per_draw, all_draws, all_inner, MODE: tl.constexpr
 
 @triton.jit
 def among_all(first, number, MODE: tl.constexpr):
-    """Which of all rows, or draws, those are that have a `number` in this program's group, which starts at `first`."""
+    """The number among all rows, or all draws, of number `number` in this program's group; `first` is its number 0."""
     if MODE.GROUPED == "heads":
         return first + as_int64(number) * tl.num_programs(1)
     else:
