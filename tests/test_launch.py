@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from klnorm import compat, launch, tuning
 from klnorm.functional import Settings, normalize
-from klnorm.kernels import posterior
+from klnorm.kernels import gaussian
 from klnorm.kernels.rows import Mode, rows_of
 from klnorm.reference import kl_norm
 from klnorm.spec import Parameters, Rows
@@ -135,7 +135,7 @@ def test_partial_sums_stay_small_beside_the_input():
 
 
 def test_the_floor_of_the_deterministic_reading_is_the_references():
-    assert posterior.FLOOR.value == kl_norm.FLOOR
+    assert gaussian.FLOOR.value == kl_norm.FLOOR
 
 
 class Kernel:
