@@ -4,10 +4,12 @@ import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 LAYER_NORM = "none"  # noise of a contestant that is a plain normalization
 KL_NOISES = "batch", "sample", "token"
 KLNORM_NOISES = "eval", *KL_NOISES
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class Operation(NamedTuple):

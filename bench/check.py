@@ -41,12 +41,18 @@ def check(layer, case, family, inputs, cotangents):
     """
     if family != "kl":
         return _compare(layer, case, inputs, cotangents, seeded=family == "klnorm")
-    rhos = {name: p for name, p in layer.parameters.items() if name.endswith("_rho")}
-    own = {name: p.detach().clone() for name, p in rhos.items()}
-    _fill(rhos, dict.fromkeys(rhos, NO_NOISE_RHO))
+    rhos = [p for name, p in layer.parameters.items() if name.endswith("_rho")]
+    own = [p.detach().clone() for p in rhos]
+    _fill(rhos, [torch.full_like(p, NO_NOISE_RHO) for p in own])
     _compare(layer, case, inputs, cotangents, seeded=False)
     _fill(rhos, own)
     _check_noise(layer, case, *inputs, *cotangents)
+
+
+def _fill(parameters, values):
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
 
 
 def run(layer, inputs, cotangents):
@@ -194,11 +200,9 @@ def _check_noise(layer, case, x, dy):
             expected += p[name] * gradients[name] + std * gradients[f"{name}_rho"] / torch.sigmoid(p[f"{name}_rho"])
     actual, squares = torch.zeros_like(expected), 0.0
     for rows in _chunks(case.shape):
-        xhat, y_rows = (
-            _normalize(x.detach().flatten(0, 1)[rows].double(), case),
-            y.detach().flatten(0, 1)[rows].double(),
-        )
-        actual += (dy.flatten(0, 1)[rows].double() * y_rows).sum(0)
+        x_rows, y_rows, dy_rows = (t.detach().flatten(0, 1)[rows].double() for t in (x, y, dy))
+        xhat = _normalize(x_rows, case)
+        actual += (dy_rows * y_rows).sum(0)
         variance = (s**2 * xhat**2 + t**2).clamp(min=TINY)
         squares += ((y_rows - weight * xhat - bias) ** 2 / variance).sum().item()
     require_close("the gradients' identity", actual, expected, x.dtype)
@@ -206,9 +210,3 @@ def _check_noise(layer, case, x, dy):
     # Six deviations of the mean square of one normal per draw and feature: rows of one draw repeat it.
     if not abs(mean_square - 1) <= 6 * math.sqrt(2 / (case.draws * case.shape.width)) + tolerance(x.dtype):
         raise Wrong(f"the noise has variance {mean_square:.4f} times what it should be")
-
-
-def _fill(parameters, values):
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.as_tensor(values[name]))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 
 from . import layers
 from .cases import name_of
@@ -23,23 +22,36 @@ class Contestant:
 
     def missing(self):
         """Why it cannot take part; None if it can."""
-        for name in self.requires:
-            module, _, attribute = name.partition(":")
+        for place in self.requires:
             try:
-                getattr(import_module(module), attribute) if attribute else import_module(module)
+                layers.imported(place)
             except Exception as error:  # whatever a peer's import raises, it is absent
                 return reason(error)
         return None
 
 
-def _peer(label, build, *requires):
-    return Contestant(label, build, requires=requires)
+def _peer(label, place, *others, **options):
+    return Contestant(label, layers.build_peer(place, **options), requires=(place, *others))
 
 
-_LIGER = "liger_kernel.transformers."
+def _apex(name):
+    return _peer(f"apex {name}", f"apex.normalization:{name}", "fused_layer_norm_cuda", takes_fp32=False)
+
+
+def _liger(place, **options):
+    """Its RMSNorms not in place: else backward would overwrite the dy that the next call is given."""
+    return _peer("Liger", f"liger_kernel.transformers.{place}", **options)
+
+
+def _fla(name, **options):
+    return _peer("flash-linear-attention", f"fla.modules:{name}", with_residual={"prenorm": True}, **options)
+
+
+def _quack(name):
+    return Contestant("quack", layers.build_quack, requires=(f"quack.rmsnorm:{name}",))
+
+
 KLNORM = Contestant("klnorm", build_klnorm_functional, "klnorm")
-FLA_RMS = _peer("flash-linear-attention", layers.build_fla, "fla.modules:RMSNorm")
-QUACK_RMS = _peer("quack", layers.build_quack, "quack.rmsnorm:rmsnorm")
 OF_OPERATION = {
     "layer_norm": {
         "klnorm": Contestant("klnorm", build_klnorm, "klnorm"),
@@ -47,13 +59,11 @@ OF_OPERATION = {
         "compiled": Contestant("torch.compile(nn.LayerNorm)", compiled(build_native)),
         "eager": Contestant("KL-Norm in eager PyTorch", build_eager, "kl"),
         "eager_compiled": Contestant("KL-Norm under torch.compile", compiled(build_eager), "kl"),
-        "apex_fused": _peer(
-            "apex FusedLayerNorm", layers.build_apex_fused, "apex.normalization", "fused_layer_norm_cuda"
-        ),
-        "apex_fast": _peer("apex FastLayerNorm", layers.build_apex_fast, "apex.contrib.layer_norm"),
-        "liger": _peer("Liger", layers.build_liger, f"{_LIGER}layer_norm:LigerLayerNorm"),
-        "quack": _peer("quack", layers.build_quack, "quack.rmsnorm:layernorm_bwd"),
-        "fla": _peer("flash-linear-attention", layers.build_fla, "fla.modules:LayerNorm"),
+        "apex_fused": _apex("FusedLayerNorm"),
+        "apex_fast": _peer("apex FastLayerNorm", "apex.contrib.layer_norm:FastLayerNorm", takes_fp32=False),
+        "liger": _liger("layer_norm:LigerLayerNorm", bias=True),
+        "quack": _quack("layernorm_bwd"),
+        "fla": _fla("LayerNorm", bias=True),
     },
     "rms_norm": {
         "klnorm": KLNORM,
@@ -61,28 +71,26 @@ OF_OPERATION = {
         "compiled": Contestant("torch.compile(nn.RMSNorm)", compiled(build_native)),
         "eager": Contestant("KL-RMSNorm in eager PyTorch", build_eager, "kl"),
         "eager_compiled": Contestant("KL-RMSNorm under torch.compile", compiled(build_eager), "kl"),
-        "apex_fused": _peer(
-            "apex FusedRMSNorm", layers.build_apex_fused, "apex.normalization:FusedRMSNorm", "fused_layer_norm_cuda"
-        ),
-        "liger": _peer("Liger", layers.build_liger, f"{_LIGER}rms_norm:LigerRMSNorm"),
-        "quack": QUACK_RMS,
-        "fla": FLA_RMS,
+        "apex_fused": _apex("FusedRMSNorm"),
+        "liger": _liger("rms_norm:LigerRMSNorm", in_place=False),
+        "quack": _quack("rmsnorm"),
+        "fla": _fla("RMSNorm"),
     },
     "residual": {
         "klnorm": KLNORM,
         "unfused": Contestant("add, then klnorm", unfused(build_klnorm), "klnorm"),
         "native": Contestant("add, then nn.LayerNorm", build_native),
         "compiled": Contestant("torch.compile(add, nn.LayerNorm)", compiled(build_native)),
-        "fla": _peer("flash-linear-attention", layers.build_fla, "fla.modules:LayerNorm"),
+        "fla": _fla("LayerNorm", bias=True),
     },
     "rms_residual": {
         "klnorm": KLNORM,
         "unfused": Contestant("add, then klnorm", unfused(build_klnorm_functional), "klnorm"),
         "native": Contestant("add, then nn.RMSNorm", build_native),
         "compiled": Contestant("torch.compile(add, nn.RMSNorm)", compiled(build_native)),
-        "liger": _peer("Liger", layers.build_liger, f"{_LIGER}fused_add_rms_norm:LigerFusedAddRMSNorm"),
-        "quack": QUACK_RMS,
-        "fla": FLA_RMS,
+        "liger": _liger("fused_add_rms_norm:LigerFusedAddRMSNorm", in_place=False),
+        "quack": _quack("rmsnorm"),
+        "fla": _fla("RMSNorm"),
     },
     "groups": {
         "klnorm": KLNORM,

@@ -6,6 +6,7 @@ PyTorch's own and apex leave their fast path then, or refuse: their parameters h
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -44,7 +45,7 @@ def make_values(shape, device, seed=0):
 
 def dtype_of(case):
     """The torch dtype of x."""
-    return getattr(torch, DTYPES[case.dtype])
+    return DTYPES[case.dtype]
 
 
 def layer_of(module, values, device, dtype=torch.float32, forward=None):
@@ -141,37 +142,21 @@ def build_eager(case, values, device):
     return layer_of(module, values, device, dtype, lambda x: (module(x), module.kl_divergence()))
 
 
-def build_apex_fused(case, values, device):
-    module = import_module("apex.normalization")
-    make = module.FusedRMSNorm if case.variant.rms else module.FusedLayerNorm
-    return layer_of(make(case.shape.width, eps=EPS), values, device, dtype_of(case))
+def imported(place):
+    """The module of that name, or what module:attribute names."""
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute) if attribute else import_module(module)
 
 
-def build_apex_fast(case, values, device):
-    make = import_module("apex.contrib.layer_norm").FastLayerNorm
-    return layer_of(make(case.shape.width, eps=EPS), values, device, dtype_of(case))
+def build_peer(place, takes_fp32=True, with_residual=None, **options):
+    """A build of the module of another project at `place`. `with_residual`: what its calls with a residual take."""
 
+    def build(case, values, device):
+        module = imported(place)(case.shape.width, eps=EPS, **options)
+        forward = partial(module, **(with_residual or {})) if case.variant.residual else None
+        return layer_of(module, values, device, torch.float32 if takes_fp32 else dtype_of(case), forward)
 
-def build_liger(case, values, device):
-    transformers, n = "liger_kernel.transformers", case.shape.width
-    if not case.variant.rms:
-        module = import_module(f"{transformers}.layer_norm").LigerLayerNorm(n, eps=EPS, bias=True)
-        return layer_of(module, values, device)
-    # In place, the default of one of them, backward would overwrite the dy that the next call is given.
-    if not case.variant.residual:
-        module = import_module(f"{transformers}.rms_norm").LigerRMSNorm(n, eps=EPS, in_place=False)
-        return layer_of(module, values, device)
-    make = import_module(f"{transformers}.fused_add_rms_norm").LigerFusedAddRMSNorm
-    module = make(n, eps=EPS, in_place=False)
-    return layer_of(module, values, device, forward=module)
-
-
-def build_fla(case, values, device):
-    layers, n = import_module("fla.modules"), case.shape.width
-    module = layers.RMSNorm(n, eps=EPS) if case.variant.rms else layers.LayerNorm(n, bias=True, eps=EPS)
-    if not case.variant.residual:
-        return layer_of(module, values, device)
-    return layer_of(module, values, device, forward=lambda x, residual: module(x, residual=residual, prenorm=True))
+    return build
 
 
 def build_quack(case, values, device):

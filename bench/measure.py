@@ -77,21 +77,16 @@ def compile_case(case, device="cuda"):
     torch.cuda.empty_cache()  # other processes need the memory
 
 
-def record_of(case):
-    """What every record of a case begins with."""
-    shape = case.shape
-    return {
-        "operation": case.operation, "contestant": case.contestant, "noise": case.noise, "shape": str(shape),
-        "dtype": case.dtype, "n_rows": shape.n_rows, "samples": shape.samples, "width": shape.width,
-        "elements": shape.elements, "status": "ok", "why": None,
-    }  # fmt: skip
-
-
 def measure_case(case, function, *arguments):
     """The record of a case, with what the function returns of it. `status`: "ok"; "wrong", then nothing was timed;
     "failed", where it raised an error.
     """
-    record = record_of(case)
+    shape = case.shape
+    record = {
+        "operation": case.operation, "contestant": case.contestant, "noise": case.noise, "shape": str(shape),
+        "dtype": case.dtype, "n_rows": shape.n_rows, "samples": shape.samples, "width": shape.width,
+        "elements": shape.elements, "status": "ok", "why": None,
+    }  # fmt: skip
     try:
         record |= function(case, *arguments)
     except Wrong as wrong:

@@ -35,20 +35,18 @@ def main(arguments=None):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m bench.norms", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="five shapes, the peers and the family at one of them, 1 minute"
-    )
+    parser.add_argument("--quick", action="store_true", help="five shapes, all peers at one of them, 1 minute")
     parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of results (default: bench_out)")
-    parser.add_argument(
-        "--only", default="", help="cases whose name, [operation/]contestant/noise/MxN/dtype, contains this"
-    )
+    parser.add_argument("--only", default="", help="cases with this in [operation/]contestant/noise/MxN/dtype")
     parser.add_argument("--minutes", type=float, help="stop measuring after so many (default: 20, with --quick 1)")
-    parser.add_argument(
-        "--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2 or 1), help="processes that compile"
-    )
     options = parser.parse_args(arguments)
     options.minutes = options.minutes or (1 if options.quick else 20)
     return options
+
+
+def workers():
+    """Processes that compile."""
+    return max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
 def without_gpu(options):
@@ -71,7 +69,7 @@ def run(options, device, clock):
     for name, why in absent.items():
         print(f"absent: {name} ({why})")
     if device.type == "cuda":
-        done = warm(measure.compile_case, cases, options.workers, WARM_SHARE * 60 * options.minutes)
+        done = warm(measure.compile_case, cases, workers(), WARM_SHARE * 60 * options.minutes)
         print(f"compiled {done} of {len(cases)} cases ahead")
     print(f"copy bandwidth {result['copy_gbps']:.0f} GB/s")
 

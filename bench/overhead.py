@@ -9,42 +9,44 @@ Inputs are tiny, as nn.LayerNorm's figure includes its CPU arithmetic; klnorm's 
 """
 
 import argparse
-import contextlib
-import itertools
 import json
 import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import triton
 from torch import nn
 
-from klnorm import KLLayerNorm, launch, ops, seeds
+from klnorm import KLLayerNorm, launch
 
 from .bare import BareNorm
-from .inspect import Driver
+from .launches import way_of_cuda
 
 SHAPE = 2, 2, 8
 NOISES = "batch", "sample", "token"
+REPEATS, ROUNDS = 5, 300
+EVALUATION = {  # case: what klnorm stands beside
+    "evaluation, fp32": "nn.LayerNorm",
+    "evaluation, bf16 beside fp32": "nn.LayerNorm of x.float(), rounded",
+}
 
 
-def microseconds(functions, repeats=5, rounds=300):
-    """Name -> least mean time of a call over rounds, in each of which every function has a turn.
+def microseconds(functions):
+    """Name -> least mean time of REPEATS calls over rounds, in each of which every function has a turn.
 
     Turns are short, so that on a busy machine some are not interrupted.
     """
     best = dict.fromkeys(functions, math.inf)
-    for round_ in range(rounds):
+    for round_ in range(ROUNDS):
         for name, function in functions.items():
             begin = time.perf_counter()
-            for _ in range(repeats):
+            for _ in range(REPEATS):
                 function()
             if round_:  # the first warms up
-                best[name] = min(best[name], (time.perf_counter() - begin) / repeats * 1e6)
+                best[name] = min(best[name], (time.perf_counter() - begin) / REPEATS * 1e6)
     return best
 
 
@@ -66,61 +68,35 @@ def evaluation(layer, x):
     return run
 
 
-def no_launch(call, *tensors):
+def no_launch(call, *arguments):
     """In the place of `launch.Call.launch`."""
 
 
-# What the host sees of a CUDA generator, in C as there.
-GENERATOR = SimpleNamespace(
-    initial_seed=itertools.repeat(5).__next__, get_offset=itertools.count(0, 4).__next__, set_offset=abs
-)
-
-
-@contextlib.contextmanager
-def way_of_cuda():
-    """CPU tensors take the way of CUDA tensors, up to the driver."""
-    triton.runtime.driver.set_active(Driver(90))
-    with (
-        mock.patch.object(ops, "_compute_forward", launch.forward),
-        mock.patch.object(ops, "_compute_backward", launch.backward),
-        mock.patch.object(seeds, "known_to_host", torch.is_tensor),
-        mock.patch.object(seeds, "default_generator", {torch.device("cpu"): GENERATOR}.get),
-    ):
-        yield
-
-
-def measure(**options):
+def measure():
     """Name -> microseconds."""
     torch.set_num_threads(1)
     n, x = SHAPE[-1], torch.randn(SHAPE)
     plain, layer = nn.LayerNorm(n), KLLayerNorm(n).eval()
-    others = {
-        "nn.LayerNorm": forward_and_backward(plain),
-        "floor": forward_and_backward(BareNorm(n)),
-        "evaluation, fp32: nn.LayerNorm": evaluation(plain, x),
-        "evaluation, fp32: KLLayerNorm": evaluation(layer, x),
-        "evaluation, bf16 beside fp32: nn.LayerNorm of x.float(), rounded": evaluation(
-            lambda x: plain(x.float()).bfloat16(), x.bfloat16()
-        ),
-        "evaluation, bf16 beside fp32: KLLayerNorm": evaluation(layer, x.bfloat16()),
-    }
+    others = {"nn.LayerNorm": forward_and_backward(plain), "floor": forward_and_backward(BareNorm(n))}
+    plains = (plain, x), (lambda x: plain(x.float()).bfloat16(), x.bfloat16())
+    for (case, name), (theirs, x_of_case) in zip(EVALUATION.items(), plains, strict=True):
+        others[f"{case}: {name}"] = evaluation(theirs, x_of_case)
+        others[f"{case}: KLLayerNorm"] = evaluation(layer, x_of_case)
     ours = {f"KLLayerNorm, {noise}": forward_and_backward(KLLayerNorm(n, noise=noise)) for noise in NOISES}
     with way_of_cuda():
-        figures = microseconds(others | ours, **options)
+        figures = microseconds(others | ours)
         with mock.patch.object(launch.Call, "launch", no_launch):
-            without = microseconds(ours, **options)
+            without = microseconds(ours)
     return figures | {f"{name}, Triton's side left out": value for name, value in without.items()}
 
 
 def ratios(figures):
     """Name -> how many times its baseline's time a figure of klnorm is."""
-    found = {
-        f"KLLayerNorm, {noise}, over the floor": figures[f"KLLayerNorm, {noise}"] / figures["floor"] for noise in NOISES
+    training = {f"KLLayerNorm, {n}, over the floor": figures[f"KLLayerNorm, {n}"] / figures["floor"] for n in NOISES}
+    return training | {
+        f"{case}, over nn.LayerNorm": figures[f"{case}: KLLayerNorm"] / figures[f"{case}: {name}"]
+        for case, name in EVALUATION.items()
     }
-    for case in "evaluation, fp32", "evaluation, bf16 beside fp32":
-        ours, plain = (next(v for k, v in figures.items() if k.startswith(f"{case}: {n}")) for n in ("KL", "nn"))
-        found[f"{case}, over nn.LayerNorm"] = ours / plain
-    return found
 
 
 def main(argv=None):

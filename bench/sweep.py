@@ -16,100 +16,20 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from pathlib import Path
-from unittest import mock
 
 import torch
 from tabulate import tabulate
 
-from klnorm import launch, tuning
+from klnorm import launch
 
-from . import report, timing
-from .inspect import ARCHITECTURES, calls, compile_ahead, flat, usage
+from . import report, tiles, timing
+from .tiles import CAPABILITY, DIRECTIONS, ELEMENTS, candidates, compile_candidate
 
 WIDTHS = 256, 1024, 4096, 8192, 16384
 NOISES = "shared", "token"
-DIRECTIONS = "forward", "backward", "sums", "finalize"
-ELEMENTS = 64 << 20
 BEST = 5
 TENSORS = {"forward": 2, "backward": 3, "sums": 2}  # of the size of x that a kernel reads and writes at least
 MEASUREMENT_MS = 20.0
-CAPABILITY, MULTIPROCESSORS = ARCHITECTURES["sm_90"]  # where there is no GPU
-REGISTERS, SHARED_BYTES, MOST_WARPS, MOST_PROGRAMS = 65536, 227 << 10, 64, 32  # of a multiprocessor
-
-
-def tuner_of(direction, n):
-    """Name of the function of `tuning` whose answer is swept."""
-    if direction == "backward":
-        return "dx_wide_shape" if tuning.is_wide(n, 2) else "backward_shape"
-    return {"forward": "forward_shape", "sums": "sums_wide_shape", "finalize": "finalizer_shape"}[direction]
-
-
-def candidates(direction, noise, n):
-    """Shapes, the tuned one first."""
-    merged, wide = noise == "token", tuning.is_wide(n, 2)
-    if direction == "finalize":
-        shapes = [tuning.Shape(*s) for s in itertools.product((64, 128, 256, 512), (8, 16, 32), (2, 4, 8))]
-        shapes = [s for s in shapes if 4 <= s.block_m * s.block_n // (32 * s.num_warps) <= 64]
-        return _first(tuning.finalizer_shape(n), shapes)
-    if direction == "sums":
-        shapes = itertools.product((1,), (512, 1024, 2048), (4, 8), (1, 2) if merged else (3, 4), (2, 4, 8))
-        return _first(tuning.sums_wide_shape(n, 2, merged), [tuning.Shape(*s) for s in shapes]) if wide else []
-    if wide:
-        tuned = tuning.forward_shape(n, 2) if direction == "forward" else tuning.dx_wide_shape(n, 2)
-        return _first(tuned, [tuning.Shape(1, *s) for s in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16))])
-    rows = {max(1, elements // n) for elements in (512, 1024, 2048, 4096)}
-    tiles = [(m, n, warps) for m in rows for warps in (1, 2, 4, 8, 16) if 8 <= m * n // (32 * warps) <= 64]
-    if direction == "forward":
-        return _first(tuning.forward_shape(n, 2), [tuning.Shape(*tile) for tile in tiles])
-    stages = (1, 2) if merged else (1, 3, 4)
-    tuned = tuning.backward_shape(n, 2, merged)
-    shapes = itertools.product([t for t in {*tiles, tuned[:3]} if t[0] * t[1] <= 32 * 32 * t[2]], stages, (1, 2, 3, 4))
-    shapes = [tuning.Shape(*tile, s, max(1, k * 4 // tile[2])) for tile, s, k in shapes]
-    return _first(tuned, shapes)
-
-
-def _first(tuned, shapes):
-    return list(dict.fromkeys([tuned, *shapes]))
-
-
-def call_of(direction, noise, n, shape, multiprocessors=MULTIPROCESSORS, device="meta"):
-    """(Call, arguments of its launch) of a candidate."""
-    with mock.patch.object(tuning, tuner_of(direction, n), return_value=shape):
-        return calls(n, torch.bfloat16, noise, multiprocessors, ELEMENTS // n, device)[direction]
-
-
-def compile_candidate(case, capability):
-    """What the compiler made of a candidate, which it leaves in Triton's cache as well."""
-    direction, noise, n, shape = case
-    found = dict.fromkeys(("registers", "spilled", "shared", "warps", "why"))
-    try:
-        call, arguments = call_of(direction, noise, n, shape)
-        compiled = compile_ahead(call, flat(*arguments), capability)
-        registers, spilled = usage(compiled)
-    except Exception as error:  # a tile may be too large for the compiler
-        return found | {"why": report.reason(error)}
-    shared = compiled.metadata.shared
-    found |= {"registers": registers, "spilled": spilled, "shared": shared}
-    return found | {"warps": resident_warps(registers, shared, shape.num_warps)}
-
-
-def resident_warps(registers, shared, num_warps):
-    """Warps of programs of `num_warps` that a multiprocessor holds."""
-    by_registers = REGISTERS // (32 * num_warps * -(-registers // 8) * 8)
-    by_shared = SHARED_BYTES // (shared + 1024)  # each program has a kilobyte beside
-    return num_warps * min(by_registers, by_shared, MOST_WARPS // num_warps, MOST_PROGRAMS)
-
-
-def differ(results, tuned):
-    """How far results of a candidate are from the tuned one's, of the largest of each; None where they fit."""
-    for got, want in zip(results, tuned, strict=True):
-        if got is None:
-            continue
-        got, want = (t.float().sum(0) if t.dim() == 3 else t.float() for t in (got, want))
-        error = ((got - want).abs().max() / want.abs().max()).item()
-        if not error <= 2.0**-7:  # an ulp of bf16 at the largest; NaN is not less either
-            return error
-    return None
 
 
 def main(arguments=None):
@@ -124,8 +44,8 @@ def main(arguments=None):
     ]
     major, minor = torch.cuda.get_device_capability() if gpu else divmod(CAPABILITY, 10)
     result = {"environment": report.environment(), "copy_gbps": None, "records": [], "not_run": 0}
-    print(f"{report.describe(result['environment'])}\n{len(cases)} candidates, {options.workers} processes compile")
-    found = compile_all(cases, 10 * major + minor, options.workers, begun + 60 * options.minutes * 0.7)
+    print(f"{report.describe(result['environment'])}\n{len(cases)} candidates")
+    found = compile_all(cases, 10 * major + minor, begun + 60 * options.minutes * 0.7)
     print(f"compiled {len(found)} after {time.monotonic() - begun:.0f} s")
     if gpu:
         clock = timing.CudaClock(torch.device("cuda", torch.cuda.current_device()))
@@ -144,14 +64,13 @@ def parse(arguments):
     parser.add_argument("--noise", choices=NOISES, nargs="+", default=NOISES)
     parser.add_argument("--direction", choices=DIRECTIONS, nargs="+", default=DIRECTIONS)
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after so many (default: 3)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--output", type=Path, default=Path("bench_out"), help="folder of sweep.json")
     return parser.parse_args(arguments)
 
 
-def compile_all(cases, capability, workers, deadline):
+def compile_all(cases, capability, deadline):
     """{case: what was found}, for as many as there is time for."""
-    found, pool = {}, ProcessPoolExecutor(workers)
+    found, pool = {}, ProcessPoolExecutor(os.cpu_count())
     waiting = {pool.submit(compile_candidate, case, capability): case for case in cases}
     with contextlib.suppress(TimeoutError):  # not yet the built-in one in Python 3.10
         for done in as_completed(waiting, timeout=max(1, deadline - time.monotonic())):
@@ -186,7 +105,7 @@ def measured(cases, found, clock, result, deadline):
 
 def timed(case, clock, multiprocessors, tuned):
     """(milliseconds, how far results are from those of the first of its kind, which `tuned` holds)."""
-    call, arguments = call_of(*case, multiprocessors, clock.device)
+    call, arguments = tiles.call_of(*case, multiprocessors, clock.device)
     results = written(case[0], arguments[-1])
     if case[:3] not in tuned:
         tuned.clear()  # those of other kinds are not needed any more
@@ -198,6 +117,18 @@ def timed(case, clock, multiprocessors, tuned):
 def written(direction, outputs):
     """What results are compared by."""
     return outputs if direction == "sums" else outputs[0] if direction == "finalize" else outputs[0][:1]
+
+
+def differ(results, tuned):
+    """How far results of a candidate are from the tuned one's, of the largest of each; None where they fit."""
+    for got, want in zip(results, tuned, strict=True):
+        if got is None:
+            continue
+        got, want = (t.float().sum(0) if t.dim() == 3 else t.float() for t in (got, want))
+        error = ((got - want).abs().max() / want.abs().max()).item()
+        if not error <= 2.0**-7:  # an ulp of bf16 at the largest; NaN is not less either
+            return error
+    return None
 
 
 def table(result):

@@ -10,52 +10,26 @@ compute on the way that CUDA tensors take, and kernels of klnorm that would be l
 """
 
 import argparse
-import ctypes
 import gc
-import re
 import statistics
 import sys
 import time
 import timeit
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
-from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import klnorm
-from klnorm import compat, launch
-
-from . import eager, overhead, report, table
+from . import report, table
+from .models import MODELS, Line, make_step
+from .operations import count_in_compiled_code, count_operations
 from .warm import warm
 
 NORMS = ["LayerNorm", *[f"{kind}, {noise}" for kind in ("klnorm", "eager") for noise in ("sample", "batch", "token")]]
 OTHER_MODES_NORMS = "LayerNorm", "klnorm, sample", "eager, sample"
 MODES = "eager", "captured", "compiled"
-MODELS = {"bert": "BERT-base", "gpt2": "GPT-2 small"}
 STEPS = 12
-NUM_EXAMPLES = 10_000  # the KL's weight in the loss is 1 / NUM_EXAMPLES; it does not matter to the time
 WARM_SHARE = 0.45
-
-
-class Line(NamedTuple):
-    """What a record is of. `smoke`: tiny, on the CPU."""
-
-    model: str
-    norm: str
-    mode: str
-    layers: int
-    smoke: bool
-
-    def __str__(self):
-        return f"{self.model:<12} {self.norm:<15} {self.mode:<9}"
-
-    @property
-    def device(self):
-        return torch.device("cpu" if self.smoke else "cuda")
 
 
 def main(arguments=None):
@@ -140,85 +114,6 @@ def measure_line(line):
     return record
 
 
-def make_model(line):
-    """(a model of transformers with random weights, random tokens)."""
-    import transformers
-
-    torch.manual_seed(0)
-    width, heads, positions = (32, 2, 16) if line.smoke else (768, 12, 1024)
-    if line.model == MODELS["gpt2"]:
-        vocabulary, batch, length = (64, 2, 8) if line.smoke else (50257, 8, 1024)
-        config = transformers.GPT2Config(
-            vocab_size=vocabulary, n_positions=positions, n_embd=width, n_layer=line.layers, n_head=heads,
-            bos_token_id=0, eos_token_id=0, use_cache=False,
-        )  # fmt: skip
-        model = transformers.GPT2LMHeadModel(config)
-    else:
-        vocabulary, batch, length = (64, 2, 8) if line.smoke else (30522, 32, 128)
-        config = transformers.BertConfig(
-            vocab_size=vocabulary, max_position_embeddings=min(512, positions), hidden_size=width,
-            num_hidden_layers=line.layers, num_attention_heads=heads, intermediate_size=4 * width,
-        )  # fmt: skip
-        model = transformers.BertForMaskedLM(config)
-    tokens = torch.randint(vocabulary, (2, batch, length), generator=torch.Generator().manual_seed(0))
-    return model.to(line.device).train(), tokens.to(line.device)
-
-
-def make_step(line):
-    """A function that makes one training step and returns the loss."""
-    model, (tokens, labels) = make_model(line)
-    model, weighted_kl = with_norm(model, line.norm, line.device)
-    on_gpu = line.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=on_gpu)
-
-    def loss_of(tokens, labels):
-        with torch.autocast(line.device.type, torch.bfloat16):
-            loss = model(input_ids=tokens, labels=labels).loss
-        return loss + weighted_kl(model)
-
-    torch._inductor.config.cpp.enable_kernel_profile = not on_gpu  # to count kernels
-    compute = torch.compile(loss_of) if line.mode == "compiled" else loss_of
-
-    def step():
-        loss = compute(tokens, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return capture(step) if line.mode == "captured" else step
-
-
-def capture(step):
-    """A function that replays `step`, captured into a CUDA graph after a warm-up on a stream of its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay():
-        graph.replay()
-        return loss
-
-    return replay
-
-
-def with_norm(model, norm, device):
-    """(model with the normalization, function that computes its weighted KL)."""
-    kind, _, noise = norm.partition(", ")
-    if kind == "klnorm":
-        kl_weight = klnorm.KLWeight(num_examples=NUM_EXAMPLES, device=device)
-        return klnorm.replace_layer_norm(model, noise=noise), kl_weight
-    if kind == "eager":
-        return eager.replace_with_eager(model, noise), lambda m: eager.kl_divergence(m) / NUM_EXAMPLES
-    return model, lambda m: 0.0
-
-
 def time_steps(step, device):
     """Median milliseconds from the end of a step on the device to the end of the next, wall time, peak memory."""
     if device.type != "cuda":
@@ -240,68 +135,15 @@ def time_steps(step, device):
 
 
 def count_launches(step, line):
-    """(kernels of a step, milliseconds that they take), from torch's profiler; on the CPU (operations, None).
-
-    Compiled code is looked into by the profiler, as torch.compile does nothing under a dispatch mode; an operator of
-    klnorm is one operation there.
-    """
+    """(kernels of a step, milliseconds that they take), from torch's profiler; on the CPU (operations, None)."""
     if line.smoke:
-        return (_count_in_compiled_code if line.mode == "compiled" else _count_operations)(step), None
+        return (count_in_compiled_code if line.mode == "compiled" else count_operations)(step), None
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         step()
         torch.cuda.synchronize()
     on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [e for e in on_device if not e.name.startswith(("Memcpy", "Memset"))]
     return len(kernels), sum(e.time_range.elapsed_us() for e in on_device) / 1e3
-
-
-FREE = {
-    "view", "_unsafe_view", "alias", "detach", "expand", "t", "transpose", "empty", "empty_like", "empty_strided",
-    "new_empty", "unsqueeze", "squeeze", "select", "slice", "split", "permute", "as_strided", "_reshape_alias",
-}  # fmt: skip
-
-
-class _Operations(TorchDispatchMode):
-    """Counts dispatched operations, but views and allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._opname not in FREE
-        return func(*args, **(kwargs or {}))
-
-
-def _count_operations(step):
-    """Operations of a step that compute, and klnorm's launches, on the way that CUDA tensors take."""
-    launches = 0
-
-    def launch_zeros(call, inputs, parameters, seed, outputs):
-        nonlocal launches
-        launches += 1
-        for output in tree_leaves(outputs):
-            if output is not None:
-                ctypes.memset(output.data_ptr(), 0, output.nbytes)
-
-    as_launched = mock.patch.object(launch.Call, "launch", launch_zeros)
-    not_watched = mock.patch.object(compat, "is_watched", bool)  # by what counts here
-    with overhead.way_of_cuda(), as_launched, not_watched, _Operations() as operations:
-        step()
-    return operations.count + launches
-
-
-def _count_in_compiled_code(step):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    ahead, count = [e for e in profile.events() if e.cpu_parent is None], 0
-    while ahead:
-        event = ahead.pop()
-        if re.match(r"aten::|klnorm::|graph_\d+_cpp_fused", event.name):
-            count += event.name.removeprefix("aten::") not in FREE
-        else:
-            ahead += event.cpu_children
-    return count
 
 
 def compile_line(line):

@@ -98,9 +98,9 @@ class NativeCompilation:
         self.launches = {}
         self.report = None
 
-    def record(self, call, inputs, parameters, seed, outputs):
+    def record(self, call, *arguments):
         if hasattr(call.kernel, "fn"):  # not a test's stand-in for a kernel
-            self.keep(Launch.of(call, (*inputs, parameters, seed, *outputs)))
+            self.keep(Launch.of(call, arguments))
 
     def keep(self, launch):
         """Of every kind the cheapest."""
@@ -179,7 +179,7 @@ def refusal(launch):
 def compiled(launch):
     import torch
 
-    from bench.inspect import compile_ahead
+    from bench.launches import compile_ahead
     from klnorm.launch import Call
 
     def tensor(argument):

@@ -248,19 +248,18 @@ def test_who_observes_triton_sees_every_launch(monkeypatch, observer):
 # A process in which Triton compiles, for a driver that calls hooks as Triton's own does, and does nothing else.
 HOOKED = """
 import torch, triton
-from bench.inspect import Driver
-from bench.overhead import way_of_cuda
+from bench.launches import way_of_cuda
 from klnorm import KLLayerNorm
 
 def launcher(x, y, z, stream, function, packed, metadata, enter, exit, *args):
     enter(metadata)
 
 entered, bound, run = [], [], triton.JITFunction.run
-Driver.launcher_cls = lambda *args: launcher
 triton.knobs.runtime.launch_enter_hook.add(lambda metadata: entered.append(metadata.get()["name"]))
 triton.JITFunction.run = lambda self, *args, **options: bound.append(self.__name__) or run(self, *args, **options)
 layers = KLLayerNorm(8), KLLayerNorm(8, eps=1e-6, prior_std=0.2)
 with way_of_cuda():
+    triton.runtime.driver.active.launcher_cls = lambda *args: launcher
     for layer, rows in zip(layers * 3, (3, 5, 16, 1, 2, 2)):
         layer(torch.randn(rows, 8, requires_grad=True)).sum().backward()
 print(*bound)

@@ -24,7 +24,7 @@ def call(kernel, *, num_warps=4, **options):
 
 def recorded(kernel, x_dtype=torch.float32, y=True, **options):
     x = torch.empty(1, dtype=x_dtype)
-    return Launch.of(call(kernel, **options), (x, (x, None), None, x if y else None))
+    return Launch.of(call(kernel, **options), ((x,), (x, None), None, (x if y else None,)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +58,7 @@ def test_what_the_compiler_refuses_is_told_in_its_words(refusals):
     refusal = refusals[0]
     name, again, *words = refusal.splitlines()
     assert name == (
-        "returns_before_none((float32, (float32, None), None, None); IS_RMS=False, NOISE='none', ORDER='rows', "
+        "returns_before_none(((float32,), (float32, None), None, (None,)); IS_RMS=False, NOISE='none', ORDER='rows', "
         "GROUPED='no', OFFSET=0.0, FAST=True, N=8, VEC=1, BLOCK_M=1, BLOCK_N=16, STAGES=1)"
     )
     assert again.startswith("To see it again: python -m pytest tests/test_native.py::test_")

@@ -1,14 +1,11 @@
 """What a training step of a replaced model does on the host, counted on the way that CUDA tensors take."""
 
-from collections import Counter
-
 import pytest
 import torch
 from hf_models import TEXT, VOCABULARY, transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import klnorm
+from bench.operations import Operations, launch_zeros
 from klnorm import launch
 
 pytestmark = pytest.mark.usefixtures("like_cuda")
@@ -36,33 +33,8 @@ both = pytest.mark.parametrize("make", [bert, gpt2])
 def _no_kernels(monkeypatch):
     """What is counted does not depend on values, so no kernel runs."""
 
-    def launch_nothing(call, inputs, parameters, seed, outputs):
-        for output in tree_leaves(outputs):
-            if output is not None:
-                output.zero_()
-
-    monkeypatch.setattr(launch.Call, "launch", launch_nothing)
+    monkeypatch.setattr(launch.Call, "launch", launch_zeros)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-
-
-FREE = {
-    "view", "_unsafe_view", "alias", "detach", "expand", "t", "transpose", "empty", "empty_like", "unsqueeze",
-    "select", "slice", "permute", "as_strided", "empty_strided", "new_empty", "_reshape_alias",
-}  # fmt: skip
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that reach a device, by name; views and allocations are free."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._overloadpacket._qualified_op_name
-        if name.removeprefix("aten::") not in FREE:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def loss_of(model, kl=None, dtype=torch.bfloat16):

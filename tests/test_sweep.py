@@ -10,7 +10,7 @@ import pytest
 import torch
 from bench_cases import FakeClock
 
-from bench import sweep
+from bench import sweep, tiles
 from klnorm import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ class StillClock(FakeClock):
 @pytest.fixture
 def small(monkeypatch):
     """8 rows of 64 features, and what the compiler would have found of every case."""
-    monkeypatch.setattr(sweep, "ELEMENTS", 8 * 64)
+    monkeypatch.setattr(tiles, "ELEMENTS", 8 * 64)
 
     def found(cases):
         known = {"registers": 40, "spilled": 0, "shared": 16, "warps": 32, "why": None}
@@ -51,7 +51,7 @@ def run(small, todo, times=(1.0,)):
 @pytest.mark.parametrize("noise", sweep.NOISES)
 @pytest.mark.parametrize("direction", ["forward", "backward", "finalize"])
 def test_candidates_give_the_results_of_the_tuned_one(small, direction, noise):
-    tuned, *others = sweep.candidates(direction, noise, 64)
+    tuned, *others = tiles.candidates(direction, noise, 64)
     others = [shape for shape in others if shape.block_m != tuned.block_m or shape.block_n != tuned.block_n][:2]
     result = run(small, cases(direction, noise, tuned, *others))
     assert len(result["records"]) == 3
@@ -72,8 +72,8 @@ def test_wide_candidates_too(small, monkeypatch, direction):
     ("direction", "shapes"), [("forward", [(8, 64)]), ("backward", [(8, 64)]), ("finalize", 4 * [(1, 64)])]
 )
 def test_candidates_are_compared_by_what_their_kernel_writes(small, direction, shapes):
-    (tuned,) = sweep.candidates(direction, "token", 64)[:1]
-    _, arguments = sweep.call_of(direction, "token", 64, tuned, 2, "cpu")
+    (tuned,) = tiles.candidates(direction, "token", 64)[:1]
+    _, arguments = tiles.call_of(direction, "token", 64, tuned, 2, "cpu")
     results = sweep.written(direction, arguments[-1])
     assert [tuple(t.shape) for t in results] == shapes
     assert all(t.isfinite().all() and t.any() for t in results)
@@ -81,7 +81,7 @@ def test_candidates_are_compared_by_what_their_kernel_writes(small, direction, s
 
 def test_wrong_results_are_told_and_not_ranked(small, monkeypatch):
     monkeypatch.setattr(sweep, "differ", lambda results, tuned: None if results is tuned else 0.5)
-    shapes = sweep.candidates("forward", "shared", 64)[:2]
+    shapes = tiles.candidates("forward", "shared", 64)[:2]
     result = run(small, cases("forward", "shared", *shapes))
     text = sweep.table(result)
     assert [r["wrong"] for r in result["records"]] == [None, 0.5]
@@ -99,14 +99,14 @@ def test_differ():
 
 
 def test_a_candidate_that_does_not_launch_ends_nothing(small):
-    shapes = tuning.Shape(3, 64, 1), *sweep.candidates("forward", "shared", 64)[:1]  # 3 is no power of two
+    shapes = tuning.Shape(3, 64, 1), *tiles.candidates("forward", "shared", 64)[:1]  # 3 is no power of two
     result = run(small, cases("forward", "shared", *shapes))
     assert result["records"][0]["why"]
     assert result["records"][1]["ms"] == 1.0
 
 
 def test_the_table_has_the_best_five_and_the_tuned_one(small):
-    shapes = sweep.candidates("forward", "shared", 64)[:8]
+    shapes = tiles.candidates("forward", "shared", 64)[:8]
     result = run(small, cases("forward", "shared", *shapes))
     for i, record in enumerate(result["records"]):
         record["ms"] = 8.0 - i
@@ -122,7 +122,7 @@ def test_the_table_has_the_best_five_and_the_tuned_one(small):
 )
 def test_resident_warps(registers, shared, num_warps, warps):
     """65,536 registers in eights a thread, 227 KB of shared memory, 32 programs of a multiprocessor."""
-    assert sweep.resident_warps(registers, shared, num_warps) == warps
+    assert tiles.resident_warps(registers, shared, num_warps) == warps
 
 
 def test_without_a_gpu_it_compiles(tmp_path):
@@ -133,7 +133,7 @@ def test_without_a_gpu_it_compiles(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "sweep.json").read_text())["records"]
-    assert len(records) == len(sweep.candidates("forward", "token", 8192))
+    assert len(records) == len(tiles.candidates("forward", "token", 8192))
     assert all(r["registers"] and r["ms"] is None for r in records)
     again = subprocess.run(
         [sys.executable, "-m", "bench.table", str(tmp_path / "sweep.json")],
