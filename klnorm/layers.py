@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,13 +28,14 @@ class KLNorm(nn.Module):
     has None for those that it does not need.
     """
 
-    noise: checks.Noise
-    sample_dim: int
-    init_std: float
-    prior_std: float
-    generator: torch.Generator | None
-    posterior: checks.Posterior
-    out_dtype: torch.dtype | None
+    if TYPE_CHECKING:  # torch.jit reads annotations that are there at run time, and stumbles over these
+        noise: checks.Noise
+        sample_dim: int
+        init_std: float
+        prior_std: float
+        generator: torch.Generator | None
+        posterior: checks.Posterior
+        out_dtype: torch.dtype | None
 
     _means: tuple[str, ...] = ("weight", "bias")
     _is_rms = False
@@ -477,8 +479,11 @@ def _check_affine(elementwise_affine, norm):
 
 
 def _in_format_of(x, y):
-    """y, channels_last where x is, as nn.RMSNorm answers; nn.LayerNorm answers contiguously."""
+    """y, channels_last where x is, as nn.RMSNorm answers; nn.LayerNorm answers contiguously.
+
+    Under the transforms of torch.func y as it is: torch does not tell the format of what vmap runs over.
+    """
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+    if channels_last is None or compat.transforming() or x.is_contiguous():
         return y
-    return y.contiguous(memory_format=channels_last)
+    return y.contiguous(memory_format=channels_last) if x.is_contiguous(memory_format=channels_last) else y

@@ -134,6 +134,20 @@ def test_channels_last_stays_from_a_kl_rms_norm_as_from_nn_rms_norm(device, shap
 
 
 @MODES
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_vmap_takes_a_kl_rms_norm_of_any_format(device, training):
+    """Inside of vmap torch does not tell whether a tensor is channels_last; what comes out is contiguous then."""
+    x = torch.randn(2, *SHAPE, device=device)
+    layer = KLRMSNorm(SHAPE[3:], bias=True, noise="batch", device=device).train(training)
+    torch.manual_seed(3)
+    expected = layer(x[1])
+    for of_one in x.mT.contiguous().mT, x.movedim(2, -1).contiguous().movedim(-1, 2):
+        torch.manual_seed(3)
+        y = torch.func.vmap(layer, randomness="same")(of_one)
+        torch.testing.assert_close(y[1], expected, rtol=1e-6, atol=1e-6)
+
+
+@MODES
 @KINDS
 def test_a_norm_of_the_channels_keeps_channels_last(device, kind, training):
     """As ConvNeXt's LayerNorm2d calls it: the permuted input is contiguous."""
