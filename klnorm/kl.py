@@ -2,12 +2,16 @@
 
 import functools
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from . import checks, compat, finite
 from .compat import is_sharded, whole
+
+if TYPE_CHECKING:
+    from .layers import KLNorm
 
 
 class LastKL:
@@ -164,7 +168,7 @@ class _Total(torch.autograd.Function):
         return (dtotal,) * ctx.count
 
 
-def kl_layers(model: nn.Module) -> dict[str, nn.Module]:
+def kl_layers(model: nn.Module) -> "dict[str, KLNorm]":
     """The KL layers of `model` that take part in its forward, by qualified name.
 
     A layer that is used or registered more than once is there once, under its first name. Where PEFT keeps a copy of a
