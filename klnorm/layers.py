@@ -16,7 +16,7 @@ from .spec import Parameters
 
 SETTINGS = (
     "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior", "out_dtype",
-    "_last_kl", "_sampling", "_shortcut_guard",
+    "heads", "_last_kl", "_sampling", "_shortcut_guard",
 )  # fmt: skip
 
 

@@ -239,3 +239,16 @@ def test_restoring_is_refused_and_what_is_advised_helps(cls, restore):
     assert type(model[1]) is cls
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "plain", "restore", "replace"),
+    [
+        (KLLayerNorm, torch.nn.LayerNorm, klnorm.restore_layer_norm, klnorm.replace_layer_norm),
+        (KLRMSNorm, torch.nn.RMSNorm, klnorm.restore_rms_norm, klnorm.replace_rms_norm),
+    ],
+)
+def test_restoring_a_layer_that_was_made_without_heads_leaves_no_trace(layer, plain, restore, replace):
+    norm = restore(layer(D))
+    assert vars(norm).keys() == vars(plain(D)).keys()
+    assert type(replace(norm)) is layer
