@@ -71,9 +71,10 @@ def kl_divergence(model: nn.Module, *, check_finite: bool | None = None) -> torc
     """KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
     Taken from each layer's last forward in training mode where that is still at hand, at the cost of two small kernels
-    for the whole model; computed from the parameters, in some twenty, of the layers where it is not: without such a
-    forward, or after a `backward()` through it, a change of the parameters, or `eval()`; and under torch.compile. The
-    value and the gradient are the same. Add it to the loss and call backward once, as it shares the outputs' graph.
+    for the whole model and one for each layer with heads; computed from the parameters, in some twenty, of the layers
+    where it is not: without such a forward, or after a `backward()` through it, a change of the parameters, or
+    `eval()`; and under torch.compile. The value and the gradient are the same. Add it to the loss and call backward
+    once, as it shares the outputs' graph.
 
     A layer holds its last forward's divergence, and with it the graph of that forward, until `kl_divergence` takes it;
     from then on the result alone holds the graph. Where nobody asks for it a backward through the forward, the layer's

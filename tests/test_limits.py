@@ -58,6 +58,17 @@ def test_evaluation_and_the_reference_have_these_derivatives(device, how):
     assert BOTH[how](lambda x: by_reference(layer, x), x).isfinite().all()
 
 
+@pytest.mark.parametrize("how", BOTH)
+@pytest.mark.parametrize("lacked_by_torch", ["heads", "residual", "shift"])
+def test_evaluation_of_what_torch_lacks_has_first_derivatives_alone(device, lacked_by_torch, how):
+    options = {"heads": {"heads": 3}, "shift": {"bias": True}}.get(lacked_by_torch, {})
+    layer, x = KLRMSNorm(N, device=device, **options).eval(), torch.randn(3, N, device=device, requires_grad=True)
+    function = (lambda x: layer(x, residual=x)[0]) if lacked_by_torch == "residual" else layer
+    assert torch.autograd.grad(function(x).square().sum(), x)[0].isfinite().all()
+    with pytest.raises(RuntimeError, match=r"klnorm has no .* derivatives"):
+        BOTH[how](function, x)
+
+
 @KINDS
 def test_a_first_derivative_may_be_recorded(device, kind):
     layer, x = kind(N, device=device), torch.randn(3, N, device=device)
