@@ -466,7 +466,12 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # likewise
 
 def _as_heads(heads):
     """What comes before the normalized shape in that of the parameters."""
-    return () if heads is None else (checks.as_integer("heads", heads, at_least=1),)
+    if heads is None:
+        return ()
+    heads = checks.as_integer("heads", heads, at_least=1)
+    if heads > inputs.MAX_GROUPS:
+        raise ValueError(f"heads is {heads}, expected 1 to {inputs.MAX_GROUPS}.")
+    return (heads,)
 
 
 def _check_affine(elementwise_affine, norm):

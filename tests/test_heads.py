@@ -210,6 +210,7 @@ def test_training_moves_heads_apart():
     ("heads", "error", "message"),
     [
         (0, ValueError, "heads is 0, expected 1 or more"),
+        (65536, ValueError, "heads is 65536, expected 1 to 65535"),
         (True, TypeError, "heads is a bool, expected an int"),
         (2.0, TypeError, "heads is a float, expected an int"),
     ],
