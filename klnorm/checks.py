@@ -10,7 +10,8 @@ from typing import get_args
 
 import torch
 
-from .reference.kl_norm import Noise, Posterior
+from .reference.kl_norm import Noise as Noise  # by this form strict type checkers see them here, too
+from .reference.kl_norm import Posterior as Posterior
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOAT_NAMES = ", ".join(map(str, FLOATS))

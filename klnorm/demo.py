@@ -219,6 +219,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds must be at least 2: the answer is a mean and its spread")
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
     torch.set_num_threads(1)  # more do not make so small a model faster, and unsettle the timing
     print(f"Handwritten digits, 100 labelled, {options.seeds} seeds x {options.steps} steps on {options.device}")
     found, model = run(options.seeds, options.steps, options.device)

@@ -5,7 +5,7 @@ import torch
 from . import checks, compat
 
 _MAX_ROWS = 1 << 32  # the number of a draw is a 32-bit word of the noise's counter
-_MAX_GROUPS = 65535  # the largest second dimension of a CUDA grid
+MAX_GROUPS = 65535  # the largest second dimension of a CUDA grid
 
 
 def check_tensor(name, value):
@@ -112,9 +112,9 @@ def check_parameters(x, shape, weight, bias, weight_rho, bias_rho, posterior="sa
 def check_groups(rows):
     """Raise unless groups have equal sizes and hold whole samples, or samples hold whole groups."""
     groups, n_rows = rows.groups, rows.n_rows
-    if not 1 <= groups <= _MAX_GROUPS:
+    if not 1 <= groups <= MAX_GROUPS:
         name = "heads" if rows.per_head else "groups"
-        raise ValueError(f"weight has {groups} {name}, expected 1 to {_MAX_GROUPS}: its first dimension counts them.")
+        raise ValueError(f"weight has {groups} {name}, expected 1 to {MAX_GROUPS}: its first dimension counts them.")
     if n_rows % groups:
         raise ValueError(
             f"weight has {groups} groups, expected a divisor of {n_rows}, the number of rows of x: every group has as "

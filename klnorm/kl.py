@@ -2,12 +2,16 @@
 
 import functools
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from . import checks, compat, finite
 from .compat import is_sharded, whole
+
+if TYPE_CHECKING:
+    from .layers import KLNorm
 
 
 class LastKL:
@@ -67,9 +71,10 @@ def kl_divergence(model: nn.Module, *, check_finite: bool | None = None) -> torc
     """Return the KL divergence of all posteriors in `model` from their priors: the sum over layers, scales and shifts.
 
     Each layer's divergence is taken from its last forward in training mode; that costs two small kernels for the whole
-    model. It is computed from the parameters, in about twenty kernels, without such a forward; after a `backward()`
-    through it, a change of the parameters or `eval()`; and under torch.compile. Value and gradient are the same in both
-    cases. Add the result to the loss and call backward once: it shares the graph of the outputs.
+    model and one for each layer with heads. It is computed from the parameters, in about twenty kernels, without such a
+    forward; after a `backward()` through it, a change of the parameters or `eval()`; and under torch.compile. Value and
+    gradient are the same in both cases. Add the result to the loss and call backward once: it shares the graph of the
+    outputs.
 
     A layer holds the divergence of its last forward, and with it the graph of that forward, until `kl_divergence` takes
     it. From then on only the result holds the graph. If nothing takes it, a backward through the forward, the layer's
@@ -164,7 +169,7 @@ class _Total(torch.autograd.Function):
         return (dtotal,) * ctx.count
 
 
-def kl_layers(model: nn.Module) -> dict[str, nn.Module]:
+def kl_layers(model: nn.Module) -> "dict[str, KLNorm]":
     """Return the KL layers of `model` that take part in its forward, by qualified name.
 
     A layer that is used or registered more than once appears once, under its first name. If PEFT keeps a copy of a

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from .spec import Parameters
 
 SETTINGS = (
     "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior", "out_dtype",
-    "_last_kl", "_sampling", "_shortcut_guard",
+    "heads", "_last_kl", "_sampling", "_shortcut_guard",
 )  # fmt: skip
 
 
@@ -27,13 +28,14 @@ class KLNorm(nn.Module):
     does not need are None.
     """
 
-    noise: checks.Noise
-    sample_dim: int
-    init_std: float
-    prior_std: float
-    generator: torch.Generator | None
-    posterior: checks.Posterior
-    out_dtype: torch.dtype | None
+    if TYPE_CHECKING:  # torch.jit reads annotations that are there at run time, and stumbles over these
+        noise: checks.Noise
+        sample_dim: int
+        init_std: float
+        prior_std: float
+        generator: torch.Generator | None
+        posterior: checks.Posterior
+        out_dtype: torch.dtype | None
 
     _means: tuple[str, ...] = ("weight", "bias")
     _is_rms = False
@@ -464,7 +466,12 @@ class KLRMSNorm(KLNorm, nn.RMSNorm):  # type: ignore[misc]  # its forward also t
 
 def _as_heads(heads):
     """Return the dimensions that come before the normalized shape in the shape of the parameters."""
-    return () if heads is None else (checks.as_integer("heads", heads, at_least=1),)
+    if heads is None:
+        return ()
+    heads = checks.as_integer("heads", heads, at_least=1)
+    if heads > inputs.MAX_GROUPS:
+        raise ValueError(f"heads is {heads}, expected 1 to {inputs.MAX_GROUPS}.")
+    return (heads,)
 
 
 def _check_affine(elementwise_affine, norm):
@@ -477,8 +484,11 @@ def _check_affine(elementwise_affine, norm):
 
 
 def _in_format_of(x, y):
-    """Return y, in channels_last if x is: nn.RMSNorm keeps that format, nn.LayerNorm returns contiguous tensors."""
+    """Return y, in channels_last if x is: nn.RMSNorm keeps that format, nn.LayerNorm returns contiguous tensors.
+
+    Under the transforms of torch.func y stays as it is, because torch does not tell the format of what vmap maps over.
+    """
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+    if channels_last is None or compat.transforming() or x.is_contiguous():
         return y
-    return y.contiguous(memory_format=channels_last)
+    return y.contiguous(memory_format=channels_last) if x.is_contiguous(memory_format=channels_last) else y

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import nn
@@ -93,6 +93,30 @@ class Regression(NamedTuple):
     variance: torch.Tensor
 
 
+@overload
+def mc_predict(
+    model: nn.Module,
+    inputs: torch.Tensor | Sequence | Mapping,
+    samples: int = 8,
+    *,
+    likelihood: Literal["categorical", "bernoulli"] = "categorical",
+    class_dim: int = -1,
+    max_batch: int | None = None,
+) -> Prediction: ...
+
+
+@overload
+def mc_predict(
+    model: nn.Module,
+    inputs: torch.Tensor | Sequence | Mapping,
+    samples: int = 8,
+    *,
+    likelihood: Literal["gaussian"],
+    class_dim: int = -1,
+    max_batch: int | None = None,
+) -> Regression: ...
+
+
 @torch.no_grad()
 def mc_predict(
     model: nn.Module,
@@ -102,7 +126,7 @@ def mc_predict(
     likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical",
     class_dim: int = -1,
     max_batch: int | None = None,
-) -> "Prediction | Regression":
+) -> Prediction | Regression:
     """Return the model's prediction averaged over draws of scale and shift, and its uncertainty.
 
     The model runs in evaluation mode inside `klnorm.sampling`; afterwards its training flags are restored. Calls may

@@ -144,7 +144,8 @@ def test_missing_package_names_the_remedy(monkeypatch):
         importlib.import_module("klnorm.demo")
 
 
-def test_too_few_seeds_are_refused(capsys):
+@pytest.mark.parametrize("option", ["--seeds", "--steps"])
+def test_too_few_seeds_or_steps_are_refused(capsys, option):
     with pytest.raises(SystemExit):
-        demo.main(["--seeds", "1"])
-    assert "--seeds must be at least 2" in capsys.readouterr().err
+        demo.main([option, "1" if option == "--seeds" else "0"])
+    assert f"{option} must be at least " in capsys.readouterr().err

@@ -210,6 +210,7 @@ def test_training_moves_heads_apart():
     ("heads", "error", "message"),
     [
         (0, ValueError, "heads is 0, expected 1 or more"),
+        (65536, ValueError, "heads is 65536, expected 1 to 65535"),
         (True, TypeError, "heads is a bool, expected an int"),
         (2.0, TypeError, "heads is a float, expected an int"),
     ],
@@ -239,3 +240,16 @@ def test_restoring_is_refused_and_what_is_advised_helps(cls, restore):
     assert type(model[1]) is cls
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "plain", "restore", "replace"),
+    [
+        (KLLayerNorm, torch.nn.LayerNorm, klnorm.restore_layer_norm, klnorm.replace_layer_norm),
+        (KLRMSNorm, torch.nn.RMSNorm, klnorm.restore_rms_norm, klnorm.replace_rms_norm),
+    ],
+)
+def test_restoring_a_layer_that_was_made_without_heads_leaves_no_trace(layer, plain, restore, replace):
+    norm = restore(layer(D))
+    assert vars(norm).keys() == vars(plain(D)).keys()
+    assert type(replace(norm)) is layer

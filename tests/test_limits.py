@@ -58,6 +58,17 @@ def test_evaluation_and_the_reference_have_these_derivatives(device, how):
     assert BOTH[how](lambda x: by_reference(layer, x), x).isfinite().all()
 
 
+@pytest.mark.parametrize("how", BOTH)
+@pytest.mark.parametrize("lacked_by_torch", ["heads", "residual", "shift"])
+def test_evaluation_of_what_torch_lacks_has_first_derivatives_alone(device, lacked_by_torch, how):
+    options = {"heads": {"heads": 3}, "shift": {"bias": True}}.get(lacked_by_torch, {})
+    layer, x = KLRMSNorm(N, device=device, **options).eval(), torch.randn(3, N, device=device, requires_grad=True)
+    function = (lambda x: layer(x, residual=x)[0]) if lacked_by_torch == "residual" else layer
+    assert torch.autograd.grad(function(x).square().sum(), x)[0].isfinite().all()
+    with pytest.raises(RuntimeError, match=r"klnorm has no .* derivatives"):
+        BOTH[how](function, x)
+
+
 @KINDS
 def test_a_first_derivative_may_be_recorded(device, kind):
     layer, x = kind(N, device=device), torch.randn(3, N, device=device)
@@ -131,6 +142,20 @@ def test_channels_last_stays_from_a_kl_rms_norm_as_from_nn_rms_norm(device, shap
         torch.testing.assert_close(dx, wanted, rtol=1e-5, atol=1e-5)
     x = torch.randn(2, 3, 4, 5, 6, device=device).to(memory_format=torch.channels_last_3d)
     assert KLRMSNorm(6, device=device).train(training)(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@MODES
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_vmap_takes_a_kl_rms_norm_of_any_format(device, training):
+    """Inside of vmap torch does not tell whether a tensor is channels_last; what comes out is contiguous then."""
+    x = torch.randn(2, *SHAPE, device=device)
+    layer = KLRMSNorm(SHAPE[3:], bias=True, noise="batch", device=device).train(training)
+    torch.manual_seed(3)
+    expected = layer(x[1])
+    for of_one in x.mT.contiguous().mT, x.movedim(2, -1).contiguous().movedim(-1, 2):
+        torch.manual_seed(3)
+        y = torch.func.vmap(layer, randomness="same")(of_one)
+        torch.testing.assert_close(y[1], expected, rtol=1e-6, atol=1e-6)
 
 
 @MODES
