@@ -7,6 +7,7 @@ hand.
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ MODES = "none", "batch", "sample", "token"
 pytestmark = pytest.mark.usefixtures("few_programs")
 
 
-@pytest.fixture(params=[(1, True), (3, False), (1000, True)], ids=lambda p: f"{p[0]}sm-{p[1]}")
+PROGRAMS = (1, True), (3, False), (1000, True)
+
+
+@pytest.fixture(params=PROGRAMS, ids=lambda p: f"{p[0]}sm-{p[1]}")
 def programs(request, monkeypatch):
     """How many programs a backward has, few with several draws each or many of few rows; are parameters prepared?"""
     multiprocessors, prepared = request.param
@@ -33,6 +37,16 @@ def programs(request, monkeypatch):
     monkeypatch.setattr(launch, "_target", few)
     monkeypatch.setattr(tuning, "backward_shape", lambda *args: shape(*args)._replace(per_multiprocessor=1))
     prepare(monkeypatch, prepared)
+
+
+def with_programs(**tables):
+    """Parametrize over all combinations of the tables, each with one of PROGRAMS, so that every two values meet."""
+    places = itertools.product(*(range(len(table)) for table in tables.values()))
+    cases = [
+        (*(table[i] for table, i in zip(tables.values(), place, strict=True)), PROGRAMS[sum(place) % len(PROGRAMS)])
+        for place in places
+    ]
+    return pytest.mark.parametrize((*tables, "programs"), cases, indirect=["programs"])
 
 
 class Problem:
@@ -381,10 +395,9 @@ FAMILY = {
 }
 
 
-@pytest.mark.parametrize("noise", MODES)
-@pytest.mark.parametrize("options", FAMILY.values(), ids=FAMILY)
-def test_family(device, monkeypatch, programs, options, noise):
-    Problem(device, (3, 3, 2), 40, noise, **options).check(monkeypatch)
+@with_programs(name=list(FAMILY), noise=MODES)
+def test_family(device, monkeypatch, programs, name, noise):
+    Problem(device, (3, 3, 2), 40, noise, **FAMILY[name]).check(monkeypatch)
 
 
 @pytest.mark.parametrize("noise", MODES)
@@ -436,40 +449,41 @@ def test_strides_of_the_residual(device, monkeypatch, which):
     problem.check(monkeypatch)
 
 
-@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
-@pytest.mark.parametrize(
-    ("leading", "sample_dim", "groups"),
-    [
-        ((6, 4), 0, 1),
-        ((6, 4), 0, 6),  # a group is a sample
-        ((6, 4), 0, 2),  # a group is three samples
-        ((6, 4), 0, 12),  # a sample is two groups
-        ((6, 4), 0, 24),  # a group is a row
-        ((6, 4), 1, 3),  # time first: a group has two rows of every sample
-        ((6, 4), 1, 12),  # time first: a group has one row of two samples
-        ((2, 6, 2), 1, 4),  # a group has three samples of one index before them
-        ((2, 6, 2), 1, 2),
-    ],
-)
-def test_groups_and_samples(device, monkeypatch, programs, leading, sample_dim, groups, noise):
+GROUPS = [
+    # leading dimensions, sample_dim, groups
+    ((6, 4), 0, 1),
+    ((6, 4), 0, 6),  # a group is a sample
+    ((6, 4), 0, 2),  # a group is three samples
+    ((6, 4), 0, 12),  # a sample is two groups
+    ((6, 4), 0, 24),  # a group is a row
+    ((6, 4), 1, 3),  # time first: a group has two rows of every sample
+    ((6, 4), 1, 12),  # time first: a group has one row of two samples
+    ((2, 6, 2), 1, 4),  # a group has three samples of one index before them
+    ((2, 6, 2), 1, 2),
+]
+
+
+@with_programs(layout=GROUPS, noise=MODES[1:])
+def test_groups_and_samples(device, monkeypatch, programs, layout, noise):
+    leading, sample_dim, groups = layout
     Problem(device, leading, 24, noise, sample_dim, groups=groups).check(monkeypatch)
 
 
-@pytest.mark.parametrize("noise", ["batch", "sample", "token"])
-@pytest.mark.parametrize(
-    ("leading", "sample_dim"),
-    [
-        ((3,), 0),  # heads alone
-        ((6, 3), 0),  # a head has a row of every sample
-        ((6, 4, 3), 0),
-        ((6, 4, 3), 1),  # time first
-        ((2, 6, 4, 2), 1),
-        ((6, 4, 1), 0),
-        ((1, 19, 5), 0),
-    ],
-)
-@pytest.mark.parametrize("n", [7, 24])
-def test_heads_and_samples(device, monkeypatch, programs, leading, sample_dim, noise, n):
+HEADS = [
+    # leading dimensions, sample_dim
+    ((3,), 0),  # heads alone
+    ((6, 3), 0),  # a head has a row of every sample
+    ((6, 4, 3), 0),
+    ((6, 4, 3), 1),  # time first
+    ((2, 6, 4, 2), 1),
+    ((6, 4, 1), 0),
+    ((1, 19, 5), 0),
+]
+
+
+@with_programs(layout=HEADS, noise=MODES[1:], n=(7, 24))
+def test_heads_and_samples(device, monkeypatch, programs, layout, noise, n):
+    leading, sample_dim = layout
     Problem(device, leading, n, noise, sample_dim, per_head=True).check(monkeypatch)
 
 
