@@ -18,6 +18,7 @@ SETTINGS = (
     "noise", "sample_dim", "generator", "init_std", "prior_std", "posterior", "prior", "out_dtype",
     "heads", "_last_kl", "_sampling", "_shortcut_guard",
 )  # fmt: skip
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of dimensions
 
 
 class KLNorm(nn.Module):
@@ -488,7 +489,7 @@ def _in_format_of(x, y):
 
     Under the transforms of torch.func y stays as it is, because torch does not tell the format of what vmap maps over.
     """
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    channels_last = _CHANNELS_LAST.get(x.dim())
     if channels_last is None or compat.transforming() or x.is_contiguous():
         return y
     return y.contiguous(memory_format=channels_last) if x.is_contiguous(memory_format=channels_last) else y

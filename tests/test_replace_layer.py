@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from rms_classes import N, model_of
 from torch import nn
-from trained_layers import assert_compiles
+from trained_layers import assert_compiles, assert_same_layer
 from unchanged import assert_unchanged, graph
 
 import klnorm
@@ -267,13 +267,7 @@ def test_checkpoints_of_replaced_and_of_plain_models(kind):
 def test_copies_are_of_the_same_class(kind, duplicate):
     layer, x = replace_layer_norm(model_of(kind())[0], noise="token"), torch.randn(3, N)
     other = duplicate(layer)
-    assert type(other) is type(layer)
-    assert repr(other) == repr(layer)
-    for mode in True, False:
-        torch.manual_seed(0)
-        y = layer.train(mode)(x)
-        torch.manual_seed(0)
-        assert torch.equal(other.train(mode)(x), y)
+    assert_same_layer(other, layer, x)
     assert type(restore_layer_norm(other)) is kind
 
 

@@ -40,3 +40,14 @@ def assert_compiles(module, x, atol=1e-5):
         results.append((value, *torch.autograd.grad(value, list(module.parameters()))))
     # The KL is a by-product of the forward in eager and in closed form where it is traced.
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=atol)
+
+
+def assert_same_layer(other, layer, x):
+    """A copy is of the same class, prints alike, and computes the same in both modes, noise included."""
+    assert type(other) is type(layer)
+    assert repr(other) == repr(layer)
+    for mode in True, False:
+        torch.manual_seed(0)
+        y = layer.train(mode)(x)
+        torch.manual_seed(0)
+        assert torch.equal(other.train(mode)(x), y)
