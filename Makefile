@@ -12,7 +12,7 @@ endif
 BENCHES := $(sort $(basename $(notdir $(shell grep -ls __main__ bench/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test budget lint format bench no-bench study clean
+.PHONY: help demo test compile budget lint format bench no-bench study clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -27,6 +27,9 @@ demo: $(INSTALLED) ## train a small model with KL-Norm and show what it learns
 
 test: $(INSTALLED) ## run the tests, in a process per core
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal $(ARGS)
+
+compile: $(INSTALLED) ## compile for sm_90 whatever the last tests launched
+	@PYTHONPATH=. $(RUN:-m=) tests/native.py .pytest_cache/d/native/launches
 
 budget: $(INSTALLED) ## compile every kernel for sm_90 and compare the code with its budget
 	@$(RUN) bench.inspect --check

@@ -1,17 +1,15 @@
 """Whatever the tests launch in Triton's interpreter is compiled as well, for sm_90, by Triton's real compiler.
 
 The interpreter runs code that the compiler refuses. As a plugin of pytest this file records what `klnorm.launch`
-launches while the tests run. When they are done it compiles every kind of launch once, in processes of its own, and the
-session fails where one does not compile. As a program, `python tests/native.py FILE`, it compiles what was recorded.
+launches while the tests run, every kind of launch once, in a file of pytest's cache. As a program
+(`make compile`) it compiles what the file holds, and fails where the compiler refuses something.
 """
 
 import importlib
-import json
 import os
 import pickle
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,6 @@ import pytest
 
 CAPABILITY = 90
 WIDEST_BLOCK = 1024  # tests give the interpreter tiles of 2^18, at which the compiler works for hours
-ROOT = Path(__file__).parent.parent
 
 
 class Launch(NamedTuple):
@@ -96,7 +93,6 @@ class NativeCompilation:
 
     def __init__(self):
         self.launches = {}
-        self.report = None
 
     def record(self, call, *arguments):
         if hasattr(call.kernel, "fn"):  # not a test's stand-in for a kernel
@@ -126,34 +122,11 @@ class NativeCompilation:
             self.keep(launch)
 
     def pytest_sessionfinish(self, session):
-        if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["launches"] = pickle.dumps(list(self.launches.values()))
-            return
-        if not self.launches or session.shouldfail or session.exitstatus == pytest.ExitCode.INTERRUPTED:  # -x, Ctrl-C
-            return
-        begin = time.monotonic()
-        failures = compile_apart(self.launches.values())
-        self.report = f"{len(self.launches)} kinds of launches compiled for sm_90 in {time.monotonic() - begin:.0f} s"
-        if failures:
-            session.exitstatus = 1
-            self.report += f", {len(failures)} of them refused:\n\n" + "\n\n".join(failures)
-
-    def pytest_terminal_summary(self, terminalreporter):
-        if self.report:
-            terminalreporter.section("native compilation")
-            terminalreporter.line(self.report)
-
-
-def compile_apart(launches):
-    """Compile in a process without Triton's interpreter; a text for every launch that the compiler refuses."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as folder:
-        file, refusals = Path(folder, "launches"), Path(folder, "refusals")
-        file.write_bytes(pickle.dumps(list(launches)))
-        command = [sys.executable, __file__, file, refusals]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-        return json.loads(refusals.read_text()) if run.returncode == 0 else [f"{run.stdout}{run.stderr}"]
+        launches, config = pickle.dumps(list(self.launches.values())), session.config
+        if hasattr(config, "workeroutput"):
+            config.workeroutput["launches"] = launches
+        elif hasattr(config, "cache"):
+            Path(config.cache.mkdir("native"), "launches").write_bytes(launches)
 
 
 def refusal(launch):
@@ -208,13 +181,21 @@ def refusal_alone(launch):
             return f"{launch}\nThe compiler ended its process."
 
 
-def main(file, refusals):
-    launches = pickle.loads(Path(file).read_bytes())
+def main(file):
+    begin = time.monotonic()
+    launches = pickle.loads(Path(file).read_bytes()) if Path(file).exists() else []
+    if not launches:
+        sys.exit(f"There are no launches in {file}: run tests that launch kernels first, as in make test compile")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         outcomes = [pool.submit(refusal, launch) for launch in launches]
     broken = [isinstance(outcome.exception(), BrokenProcessPool) for outcome in outcomes]
     texts = [refusal_alone(a) if b else o.result() for a, o, b in zip(launches, outcomes, broken, strict=True)]
-    Path(refusals).write_text(json.dumps([text for text in texts if text]))
+    refused = [text for text in texts if text]
+    for text in refused:
+        print(f"Refused: {text}\n")
+    seconds = time.monotonic() - begin
+    print(f"{len(launches)} kinds of launches compiled for sm_90 in {seconds:.0f} s, {len(refused)} refused")
+    sys.exit(bool(refused))
 
 
 if __name__ == "__main__":
