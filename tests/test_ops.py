@@ -417,7 +417,7 @@ def test_a_dynamic_graph_serves_every_batch_size(device, mode):
     counter = CompileCounterWithBackend("aot_eager")
     model, compilations = small_model(device, mode), []
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for size in 3, 5, 8, 13:
+    for size in 3, 5, 13:
         x = torch.randn(size, 7, 4, dtype=torch.float64, device=device)
         torch.manual_seed(size)
         y = compiled(x)
@@ -427,7 +427,7 @@ def test_a_dynamic_graph_serves_every_batch_size(device, mode):
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, **close(device))
         compilations.append(counter.frame_count)
-    assert compilations == [compilations[0]] * 4  # none after the first call
+    assert compilations == [compilations[0]] * 3  # none after the first call
     assert compilations[0] > 0
 
 

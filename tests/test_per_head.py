@@ -234,8 +234,8 @@ def test_the_way_of_cuda_tensors(device, monkeypatch, kernels_path, work, noise)
     if work == "prepared":
         prepare(monkeypatch)
     if work == "wide":
-        in_pieces(monkeypatch, 16, 2)
-    tensors = make((4, 6), 3, (24,), device=device)
+        in_pieces(monkeypatch, 16, 4)
+    tensors = make((2, 6), 3, (24,), device=device)
     mode = {"sample": False} if noise == "none" else {"noise": noise}
     options = {**mode, "prior_std": 0.3, "weight_prior": torch.randn(3, 24, dtype=torch.float64, device=device)}
     functions = reference.kl_layer_norm, reference.kl_rms_norm
