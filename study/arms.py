@@ -78,6 +78,12 @@ class KLAffine(_Sampled):
     GRID = grid(lrs=(1,), affine_lr=(5e-4, 5e-3), per=("example", "parameter"))
 
 
+class KLExample(_Sampled):
+    """kl_sample with KL / examples in every setting: what is left of kl_affine without its learning rate."""
+
+    GRID = grid(lrs=(0.5, 1, 2, 4))
+
+
 class NoiseOnly(_Sampled):
     """Ablation: the noise of kl_sample with its deviation fixed, and no KL."""
 
@@ -138,6 +144,7 @@ ARMS = {
     "kl_last": KLLast,
     "affine_lr": AffineLR,
     "kl_affine": KLAffine,
+    "kl_example": KLExample,
     "noise_only": NoiseOnly,
     "kl_only": KLOnly,
     "deterministic": Deterministic,

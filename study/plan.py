@@ -12,7 +12,8 @@ BASELINE, PRIMARY = "layer_norm", "kl_sample"
 ATTRIBUTIONS = (
     ("kl_sample", "noise_only", "what KL and learned deviations add to noise"),
     ("kl_sample", "kl_only", "what noise adds to the KL"),
-    ("kl_affine", "affine_lr", "both, where the means move"),
+    ("kl_affine", "affine_lr", "noise and KL, at the rates of kl_affine"),
+    ("kl_affine", "kl_example", "what the rates of kl_affine add to KL / examples"),
 )
 SEEDS = range(10)
 SAMPLES = 8
@@ -33,12 +34,17 @@ LEAD_ARMS = "layer_norm", "l2_sp", "kl_sample", "affine_lr", "kl_affine"
 MODES = {"mean": "means", "mc": "Monte Carlo"}
 FEW_ARMS = {
     # The longest texts; for time: the baselines that train alike, the primary arm, its ablations, the last norm alone.
-    "sst2": ("dropout", "kl_last", "noise_only", "kl_only", *LEAD_ARMS),
+    "sst2": ("dropout", "kl_last", "noise_only", "kl_only", *LEAD_ARMS, "kl_example"),
     **dict.fromkeys(REPLICATED, LEAD_ARMS),
+    # Where kl_affine gains: is it the learning rate, or the weight of the KL?
+    **dict.fromkeys(("sick", "cola"), (*LEAD_ARMS, "kl_example")),
     # From scratch all learns fast enough for scales and shifts to move.
-    "fsdd": tuple(name for name in ARMS if name not in ("affine_lr", "kl_affine")),
+    "fsdd": tuple(name for name in ARMS if name not in ("affine_lr", "kl_affine", "kl_example")),
 }
-LATER = {"sst2": ("affine_lr", "kl_affine")}  # arms of the replication, on a task that was reported before
+LATER = {  # arms on tasks that were reported before
+    **dict.fromkeys(("trec", "sick", "cola"), ("kl_example",)),
+    "sst2": ("affine_lr", "kl_affine", "kl_example"),
+}
 
 
 class Lead(NamedTuple):
