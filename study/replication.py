@@ -1,6 +1,8 @@
 """The replication: three primary comparisons on tasks that nobody had seen them on. The rule: study/PLAN.md."""
 
-from .plan import LEADS, MODES
+import statistics as st
+
+from .plan import BASELINE, LEADS, MODES
 from .results import FEWEST
 from .statistics import holm
 from .tables import COMPARISON, comparison_cells, table
@@ -14,23 +16,49 @@ dropped."""
 
 def replication(results):
     """The section's text: what becomes of the leads, and a table of comparisons for each."""
-    found = {(name, task): _compare(results, lead, task) for name, lead in LEADS.items() for task in lead.tasks}
-    corrected = dict(zip(found, holm([1.0 if c is None else c.p for c in found.values()]), strict=True))
-    outcomes, tables = [], []
+    rows, outcomes, tables = _comparisons(results), [], []
     for name, lead in LEADS.items():
-        rows = []
-        for task in lead.tasks:
-            c, p = found[name, task], corrected[name, task]
-            rows.append([task, *(comparison_cells(c, p, len(found)) if c else _missing(results, lead, task))])
-        verdicts = [row[-1] for row in rows]
-        before = {task: _compare(results, lead, task) for task in lead.seen}
-        rows += [[task, *comparison_cells(c)] for task, c in before.items() if c]
-        title = f"{name}: {lead.arm} - {lead.baseline}, {MODES[lead.mode]}"
+        title = f"{_title(name)}, {MODES[lead.mode]}"
+        verdicts = [rows[name, task][-1] for task in lead.tasks]
         counts = [verdicts.count(word) for word in ("better", "worse", "missing")]
         outcomes.append([title, len(verdicts), *counts, decide(verdicts)])
-        tables.append(table([title, *COMPARISON], rows))
+        tables.append(
+            table([title, *COMPARISON], [[task, *row] for (lead_, task), row in rows.items() if lead_ == name])
+        )
+    tests = sum(len(lead.tasks) for lead in LEADS.values())
     leads = table(["lead", "tasks", "better", "worse", "missing", "verdict"], outcomes)
-    return "\n\n".join([TEXT.format(tests=len(found)), leads, *tables])
+    return "\n\n".join([TEXT.format(tests=tests), leads, *tables])
+
+
+def by_task(results):
+    """The second table of docs/study.md: the leads on each task, those first where LayerNorm is too sure of itself."""
+    comparisons, rows = _comparisons(results), []
+    for task in results.tasks:
+        sure = st.mean(results.values(task, BASELINE, "mc", "test", "overconfidence"))
+        left = st.mean(results.values(task, BASELINE, "mean", "train", "nll"))
+        found = [comparisons.get((name, task), "------") for name in LEADS]
+        cells = ["-" if row[1] == "-" else f"{row[1]} ({row[2]}), {row[-1]}" for row in found]
+        rows.append([sure, task, f"{100 * sure:+.1f}", f"{left:.3f}", *cells])
+    state = [f"{BASELINE}, {what}" for what in ("Monte Carlo: confidence - accuracy %", "means: train nll")]
+    return table(["task", *state, *map(_title, LEADS)], [row[1:] for row in sorted(rows, reverse=True)])
+
+
+def _title(lead):
+    return f"{lead}: {LEADS[lead].arm} - {LEADS[lead].baseline}"
+
+
+def _comparisons(results):
+    """{(lead, task): cells under COMPARISON}; Holm goes over all that are primary."""
+    found = {(name, task): _compare(results, lead, task) for name, lead in LEADS.items() for task in lead.tasks}
+    corrected = dict(zip(found, holm([1.0 if c is None else c.p for c in found.values()]), strict=True))
+    rows = {}
+    for name, lead in LEADS.items():
+        for task in lead.tasks:
+            c, p = found[name, task], corrected[name, task]
+            rows[name, task] = comparison_cells(c, p, len(found)) if c else _missing(results, lead, task)
+        before = {task: _compare(results, lead, task) for task in lead.seen}
+        rows |= {(name, task): comparison_cells(c) for task, c in before.items() if c}
+    return rows
 
 
 def decide(verdicts):

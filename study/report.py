@@ -1,5 +1,6 @@
 """Tables and plots of the reporting runs."""
 
+import itertools
 import statistics as st
 from collections import defaultdict
 
@@ -18,13 +19,14 @@ from .plan import (
     configuration,
 )  # fmt: skip
 from .plots import PICTURES, draw
-from .replication import replication
+from .replication import by_task, replication
 from .results import Results
 from .statistics import holm
 from .tables import COMPARISON, LEVEL, comparison_cells, table
 
 LOWER_IS_BETTER = "nll", "ece", "gap"
-PERCENT = "accuracy", "mcc", "ece", "gap", "metric"
+PERCENT = "accuracy", "mcc", "ece", "gap", "metric", "overconfidence"
+NAMES = {"metric": "accuracy (or the task's metric)", "overconfidence": "confidence - accuracy"}
 
 
 def report(lines, folder):
@@ -37,7 +39,7 @@ def report(lines, folder):
         parts += [title, _primary(results), "## In short", *(in_short(results, tasks) for tasks in groups)]
         draw(results, groups[0], folder)
         parts.append("\n".join(f"![{name}]({name}.png)" for name in PICTURES))
-        parts += ["## Replication: two leads on tasks they were not seen on", replication(results)]
+        parts += ["## Replication: two leads on tasks they were not seen on", replication(results), by_task(results)]
         parts += ["## What makes a difference", *_attributions(results, groups)]
         parts += ["## Posteriors", *_posteriors(results, groups)]
         for task in results.tasks:
@@ -104,8 +106,8 @@ def _attributions(results, groups):
     """What noise and KL add, each taken away alone: arm minus arm."""
     pairs = [(f"{arm} - {other}: {what}", arm, other) for arm, other, what in ATTRIBUTIONS]
     for tasks in groups:
-        for measure in "nll", "metric":
-            yield _difference_table(results, tasks, pairs, "mean", "test", measure)
+        for mode, measure in itertools.product(MODES, ("nll", "metric")):
+            yield _difference_table(results, tasks, pairs, mode, "test", measure)
 
 
 def _posteriors(results, groups):
@@ -130,7 +132,8 @@ def _measures(results, task):
     def columns_of(split, *measures):
         return [(mode, split, measure) for mode in MODES for measure in measures if results.has(task, split)]
 
-    columns = [*columns_of("test", metric, "nll", "ece"), ("mean", "test", "gap")]
+    columns = [*columns_of("test", metric, "nll", "ece", "overconfidence"), ("mean", "test", "gap")]
+    columns += [("mean", "train", "nll")]
     columns += [*columns_of("ood", metric, "nll", "ece"), *columns_of("oos", "auroc")]
     header = ["mean ± deviation over the seeds", *(_title(*column) for column in columns), f"worst seed, test {metric}"]
     rows = []
@@ -143,8 +146,7 @@ def _measures(results, task):
 def _title(mode, split, measure):
     if measure == "gap":
         return "train - test %"
-    name = "accuracy (or the task's metric)" if measure == "metric" else measure
-    return f"{split} {name}{' %' if measure in PERCENT else ''}, {MODES[mode]}"
+    return f"{split} {NAMES.get(measure, measure)}{' %' if measure in PERCENT else ''}, {MODES[mode]}"
 
 
 def _cell(values, measure):

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from .data import TASKS
 from .plan import BASELINE, LATER, SEEDS, arms_for, key
-from .statistics import compare
+from .statistics import compare, overconfidence
 
 FEWEST = 3  # seeds: fewer of a task are no result
 
@@ -44,12 +44,17 @@ class Results:
         return sorted(set.intersection(*(set(self.runs.get((task, arm), ())) for arm in arms)))
 
     def values(self, task, arm, mode, split, measure, seeds=None):
-        """One number a seed. Measure "metric" is the task's own, "gap" that of training minus test examples."""
+        """One number a seed. Measure "metric" is the task's own, "gap" that of training minus test examples.
+
+        "overconfidence" is mean confidence minus accuracy.
+        """
         seeds = self.seeds[task] if seeds is None else seeds
         found = [self.runs[task, arm][seed]["metrics"][mode] for seed in seeds]
         metric = TASKS[task].metric
         if measure == "gap":
             return [m["train"][metric] - m["test"][metric] for m in found]
+        if measure == "overconfidence":
+            return [overconfidence(m[split]["bins"]) for m in found]
         return [m[split][metric if measure == "metric" else measure] for m in found]
 
     def compare(self, task, arm, baseline, mode, split, measure, seeds=None):

@@ -25,6 +25,12 @@ def calibration(confidence, correct):
     return float(np.abs(sums[1] - sums[0]).sum() / len(confidence)), bins
 
 
+def overconfidence(bins):
+    """Mean confidence minus accuracy of the examples in bins, as `calibration` has them."""
+    filled = np.array([bin_ for bin_ in bins if bin_[0]])
+    return float(np.average(filled[:, 1] - filled[:, 2], weights=filled[:, 0]))
+
+
 class Comparison(NamedTuple):
     """Differences arm - baseline on the same seeds: mean, BCa interval, p of the sign-flip test (two-sided)."""
 

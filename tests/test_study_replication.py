@@ -4,7 +4,7 @@ import pytest
 from study_inputs import report_line, rows_of
 
 from study import plan
-from study.replication import decide, replication
+from study.replication import by_task, decide, replication
 from study.results import Results
 
 pytest.importorskip("transformers")
@@ -103,6 +103,27 @@ def test_what_was_seen_before_has_no_p():
     _, found, _ = tables(lines)
     assert list(found["A"]["trec"].values())[1:] == ["10", "-1.0000", "-1.0000 to -1.0000", "-", "-", "seen before"]
     assert [list(found[lead])[-1] for lead in "ABC"] == ["trec"] * 3
+
+
+def test_tasks_are_ordered_by_how_sure_layer_norm_is():
+    lines = [line for line in lines_of({("B", "sick"): LESS}) if line["config"]["task"] in ("cola", "sick")]
+    for line in lines:
+        surer = 0.5 if line["config"]["task"] == "sick" else 0.0
+        means, draws = (line["result"]["metrics"][mode] for mode in ("mean", "mc"))
+        means["train"] = {"nll": line["config"]["seed"] / 10}
+        draws["test"]["bins"] = [[3, 0.2 + surer, 0.4], [0, None, None], [1, 0.1 + surer, 0.1]]
+    header, rows = rows_of(by_task(Results(lines)), "task")
+    sure, train, *leads = header[1:]
+    assert list(rows) == ["sick", "cola"]
+    assert [row[sure] for row in rows.values()] == ["+35.0", "-15.0"]  # 3/4 of -0.2 and 1/4 of 0, and 0.5 more
+    assert {row[train] for row in rows.values()} == {"0.450"}
+    assert [rows["sick"][lead] for lead in leads] == [
+        "+0.0000 (+0.0000 to +0.0000), no difference shown", "-1.0000 (-1.0000 to -1.0000), better",
+        "+0.0000 (+0.0000 to +0.0000), no difference shown",
+    ]  # fmt: skip
+    lines = [line for line in lines if line["config"]["arm"] != "kl_affine"]
+    _, rows = rows_of(by_task(Results(lines)), "task")
+    assert [rows["sick"][lead] for lead in leads[1:]] == ["-", "-"]
 
 
 @pytest.mark.parametrize(

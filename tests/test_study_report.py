@@ -1,5 +1,6 @@
 """The study: its report."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,15 @@ from study_inputs import TREC, made_up_lines, rows_of, squeezed
 from study import __main__ as command
 from study import arms, plan, plots, statistics
 from study.data import TASKS
+from study.replication import by_task
 from study.report import in_short, report
 from study.results import Results
 
 pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def report_of(lines, folder):
@@ -133,11 +137,12 @@ def test_report_mixes_no_configurations(change, tmp_path):
         report_of([*lines, other], tmp_path)
 
 
-def test_the_table_of_the_docs_is_that_of_the_lines_and_the_report():
-    lines = squeezed(in_short(Results(command.read_lines(command.OUTPUT)), plan.REPORTED)).splitlines()
-    assert len(lines) > 5
-    for path in command.OUTPUT / "report.md", Path(__file__).parents[1] / "docs" / "study.md":
-        text = squeezed(path.read_text(encoding="utf-8"))
+def test_the_tables_of_the_docs_are_those_of_the_lines_and_the_report():
+    results = Results(command.read_lines(command.OUTPUT))
+    tables = [in_short(results, plan.REPORTED), in_short(results, plan.REPLICATED), by_task(results)]
+    for path, made in itertools.product((command.OUTPUT / "report.md", DOCS / "study.md"), tables):
+        text, lines = squeezed(path.read_text(encoding="utf-8")), squeezed(made).splitlines()
+        assert len(lines) > 5
         assert lines[0] in text  # the line below it is "---", whose length is that of the column
         assert "\n".join(lines[2:]) in text
 
