@@ -14,6 +14,7 @@ ATTRIBUTIONS = (
     ("kl_sample", "kl_only", "what noise adds to the KL"),
     ("kl_affine", "affine_lr", "noise and KL, at the rates of kl_affine"),
     ("kl_affine", "kl_example", "what the rates of kl_affine add to KL / examples"),
+    ("kl_example", "kl_sample", "KL / examples instead of KL / parameters"),
 )
 SEEDS = range(10)
 SAMPLES = 8
