@@ -12,7 +12,7 @@ from torch import nn
 
 import klnorm
 
-from .baselines import L2SP, VIB, AffineLR, Dropout, LayerNorm, Mixout, grid
+from .baselines import L2SP, VIB, AffineLR, Dropout, LayerNorm, Mixout, MoreDropout, grid
 
 WARMUP = 0.1  # of the steps: learning rate, and weight of the KL
 
@@ -145,6 +145,7 @@ ARMS = {
     "affine_lr": AffineLR,
     "kl_affine": KLAffine,
     "kl_example": KLExample,
+    "more_dropout": MoreDropout,
     "noise_only": NoiseOnly,
     "kl_only": KLOnly,
     "deterministic": Deterministic,

@@ -76,6 +76,12 @@ class Dropout(LayerNorm):
                 module.p = settings["p"]
 
 
+class MoreDropout(Dropout):
+    """Dropout at the higher rate in every setting: noise of another kind, to set beside that of KL-Norm."""
+
+    GRID = grid(lrs=(0.5, 1, 2, 4), p=(0.25,))
+
+
 class L2SP(LayerNorm):
     """The encoder decays towards its pretrained weights: after every step w += lr * decay * (w_pretrained - w).
 

@@ -15,6 +15,7 @@ ATTRIBUTIONS = (
     ("kl_affine", "affine_lr", "noise and KL, at the rates of kl_affine"),
     ("kl_affine", "kl_example", "what the rates of kl_affine add to KL / examples"),
     ("kl_example", "kl_sample", "KL / examples instead of KL / parameters"),
+    ("kl_example", "more_dropout", "scale and shift drawn, instead of dropout 0.25"),
 )
 SEEDS = range(10)
 SAMPLES = 8
@@ -32,19 +33,20 @@ TUNING = {"text": Tuning(("trec",), (1000, 1001)), "speech": Tuning(("fsdd",), (
 REPORTED = "trec", "sst2", "fsdd"
 REPLICATED = "sick", "cola", "banking77", "clinc150"  # tasks of the replication alone
 LEAD_ARMS = "layer_norm", "l2_sp", "kl_sample", "affine_lr", "kl_affine"
+CONTROLS = "kl_example", "more_dropout"
 MODES = {"mean": "means", "mc": "Monte Carlo"}
 FEW_ARMS = {
     # The longest texts; for time: the baselines that train alike, the primary arm, its ablations, the last norm alone.
-    "sst2": ("dropout", "kl_last", "noise_only", "kl_only", *LEAD_ARMS, "kl_example"),
+    "sst2": ("dropout", "kl_last", "noise_only", "kl_only", *LEAD_ARMS, *CONTROLS),
     **dict.fromkeys(REPLICATED, LEAD_ARMS),
-    # Where kl_affine gains: is it the learning rate, or the weight of the KL?
-    **dict.fromkeys(("sick", "cola"), (*LEAD_ARMS, "kl_example")),
+    # Where kl_affine gains: is it the learning rate, or the weight of the KL, or any noise of that size?
+    **dict.fromkeys(("sick", "cola"), (*LEAD_ARMS, *CONTROLS)),
     # From scratch all learns fast enough for scales and shifts to move.
-    "fsdd": tuple(name for name in ARMS if name not in ("affine_lr", "kl_affine", "kl_example")),
+    "fsdd": tuple(name for name in ARMS if name not in ("affine_lr", "kl_affine", *CONTROLS)),
 }
 LATER = {  # arms on tasks that were reported before
-    **dict.fromkeys(("trec", "sick", "cola"), ("kl_example",)),
-    "sst2": ("affine_lr", "kl_affine", "kl_example"),
+    **dict.fromkeys(("trec", "sick", "cola"), CONTROLS),
+    "sst2": ("affine_lr", "kl_affine", *CONTROLS),
 }
 
 
