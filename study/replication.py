@@ -22,25 +22,28 @@ def replication(results):
         verdicts = [rows[name, task][-1] for task in lead.tasks]
         counts = [verdicts.count(word) for word in ("better", "worse", "missing")]
         outcomes.append([title, len(verdicts), *counts, decide(verdicts)])
-        tables.append(
-            table([title, *COMPARISON], [[task, *row] for (lead_, task), row in rows.items() if lead_ == name])
-        )
+        own = [[task, *row] for (of, task), row in rows.items() if of == name]
+        tables.append(table([title, *COMPARISON], own))
     tests = sum(len(lead.tasks) for lead in LEADS.values())
     leads = table(["lead", "tasks", "better", "worse", "missing", "verdict"], outcomes)
     return "\n\n".join([TEXT.format(tests=tests), leads, *tables])
 
 
 def by_task(results):
-    """The second table of docs/study.md: the leads on each task, those first where LayerNorm is too sure of itself."""
+    """A table of docs/study.md: the leads on each task, those first where LayerNorm is too sure of itself."""
     comparisons, rows = _comparisons(results), []
     for task in results.tasks:
         sure = st.mean(results.values(task, BASELINE, "mc", "test", "overconfidence"))
         left = st.mean(results.values(task, BASELINE, "mean", "train", "nll"))
-        found = [comparisons.get((name, task), "------") for name in LEADS]
-        cells = ["-" if row[1] == "-" else f"{row[1]} ({row[2]}), {row[-1]}" for row in found]
+        cells = [_brief(comparisons.get((name, task))) for name in LEADS]
         rows.append([sure, task, f"{100 * sure:+.1f}", f"{left:.3f}", *cells])
     state = [f"{BASELINE}, {what}" for what in ("Monte Carlo: confidence - accuracy %", "means: train nll")]
     return table(["task", *state, *map(_title, LEADS)], [row[1:] for row in sorted(rows, reverse=True)])
+
+
+def _brief(row):
+    """Difference, interval and verdict in one cell, of the cells of a comparison; None: it was not planned."""
+    return "-" if row is None or row[-1] == "missing" else f"{row[1]} ({row[2]}), {row[-1]}"
 
 
 def _title(lead):

@@ -88,7 +88,7 @@ def _primary(results):
 
 
 def in_short(results, tasks):
-    """The table of docs/study.md: what the arms reach at the posterior means."""
+    """Two tables of docs/study.md: what the arms reach at the posterior means."""
 
     def cell(arm, column):
         if arm not in results.arms[column[0]]:
@@ -103,7 +103,7 @@ def in_short(results, tasks):
 
 
 def _attributions(results, groups):
-    """What noise and KL add, each taken away alone: arm minus arm."""
+    """What a part of an arm adds: arm minus arm."""
     pairs = [(f"{arm} - {other}: {what}", arm, other) for arm, other, what in ATTRIBUTIONS]
     for tasks in groups:
         for mode, measure in itertools.product(MODES, ("nll", "metric")):
